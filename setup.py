@@ -1,0 +1,25 @@
+"""Reads settings.ini, the one place where name, version and dependency bounds are written."""
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import find_packages, setup
+
+config = ConfigParser(delimiters=["="], interpolation=None)
+config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    license="Apache-2.0",
+    url=cfg["git_url"],
+    packages=find_packages(include=["hierprompt", "hierprompt.*"]),
+    python_requires=f">={cfg['min_python']}",
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    zip_safe=False,
+)
