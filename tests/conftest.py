@@ -1,0 +1,21 @@
+"""Shared small backbones; the tests of this folder can import each other's helpers."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def vit():
+    from hierprompt.backbones import load_backbone
+    return load_backbone("tiny_random")
+
+
+@pytest.fixture
+def images():
+    import torch
+    return torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
