@@ -1,0 +1,152 @@
+"""Recipes: strictness, exact schedules, optimizer groups, grids."""
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from hierprompt.core import from_dict, to_dict
+from hierprompt.recipes import GRIDS, RECIPES, VPT_SEEDS, Recipe, build_optimizer, grid, learning_rates, recipe, schedule, set_rate
+
+
+def cosine(t, total): return 0.5 * (1 + math.cos(math.pi * t / total))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_presets_survive_a_round_trip(name):
+    assert from_dict(Recipe, to_dict(RECIPES[name])) == RECIPES[name] == recipe(name)
+
+
+def test_published_presets():
+    noah, vpt, full = recipe("noah"), recipe("vpt"), recipe("vpt_full")
+    assert (noah.optimizer, noah.lr, noah.weight_decay, noah.batch_size, noah.epochs) == ("adamw", 1e-3, 1e-4, 64, 100)
+    assert (noah.drop_last, noah.drop_path, noah.label_smoothing, noah.augment, noah.test_every) == (True, 0.1, 0.0, "none", 10)
+    assert noah.scaled(noah.lr) == 1e-3
+    assert (vpt.optimizer, vpt.drop_last, vpt.drop_path, vpt.warmup_epochs) == ("sgd", False, 0.0, 10)
+    assert vpt.scaled(2.0) == 0.5 and vpt.scaled(None) is None
+    assert (full.optimizer, full.warmup_epochs, full.batch_size) == ("adamw", 5, 64)
+    assert recipe("vpt_full_released").batch_size == 384 and recipe("vpt_linear").batch_size == 1024
+    assert VPT_SEEDS == (42, 44, 82, 100, 800)
+
+
+@pytest.mark.parametrize("changes, error, message", [
+    ({"optimizer": "lion"}, ValueError, "optimizer"),
+    ({"augment": "flop"}, ValueError, "augment"),
+    ({"lr": 0.0}, ValueError, "Recipe.lr"),
+    ({"lr": -1.0}, ValueError, "must be positive"),
+    ({"lr": float("nan")}, ValueError, "must be positive"),
+    ({"lr": True}, TypeError, "not of type float"),
+    ({"weight_decay": -1e-4}, ValueError, "must not be negative"),
+    ({"batch_size": 0}, ValueError, "Recipe.batch_size"),
+    ({"batch_size": 6.4}, TypeError, "not of type int"),
+    ({"epochs": 0}, ValueError, "Recipe.epochs"),
+    ({"epochs": 10}, ValueError, "warmup_epochs=1"),
+    ({"drop_path": 1.0}, ValueError, r"\[0, 1\)"),
+    ({"label_smoothing": -0.1}, ValueError, r"\[0, 1\)"),
+    ({"clip_value": 0.0}, ValueError, "clip_value"),
+    ({"test_every": -1}, ValueError, "test_every"),
+    ({"released_decay": True}, ValueError, "adamw"),
+    ({"momentum": 0.9}, TypeError, "unknown key 'momentum'"),
+    ({"weight_decy": 0.1}, TypeError, "Did you mean 'weight_decay'"),
+])
+def test_bad_settings_are_refused(changes, error, message):
+    with pytest.raises(error, match=message): recipe("vpt", **changes)
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Recipe) if f.name in ("optimizer", "schedule_on", "augment", "precision")])
+def test_choices_are_checked_on_direct_construction(name):
+    with pytest.raises(KeyError, match=f"unknown Recipe.{name} 'other'"): replace(Recipe(), **{name: "other"})
+
+
+def test_recipes_cannot_be_changed_in_place():
+    with pytest.raises(AttributeError): RECIPES["vpt"].lr = 2.0
+
+
+@pytest.mark.parametrize("epochs, warmup", [(100, 10), (100, 5), (30, 0), (1, 0), (11, 10)])
+def test_vpt_schedule(epochs, warmup):
+    "VPT's multiplier: linear from 0, then half a cosine over what remains."
+    rates = learning_rates(recipe("vpt", lr=4.0, epochs=epochs, warmup_epochs=warmup))
+    want = [e / warmup if e < warmup else cosine(e - warmup, epochs - warmup) for e in range(epochs)]
+    assert rates == pytest.approx(want, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("lag, first", [(0, 0), (1, -1)])
+def test_noah_schedule(lag, first):
+    "timm's cosine, which runs under the warm-up; with a lag the epoch before it."
+    def rate(t): return 1e-6 + t * (1e-3 - 1e-6) / 10 if t < 10 else 1e-5 + (1e-3 - 1e-5) * cosine(t, 100)
+    rates = learning_rates(recipe("noah", schedule_lag=lag))
+    assert rates == pytest.approx([rate(max(0, e + first)) for e in range(100)], rel=1e-12)
+
+
+def test_schedule_per_update():
+    "DA-VPT: first step at 1e-8, 0.9755 of the rate after the warm-up, close to min_lr at the end (its spec 3.2)."
+    r = recipe("noah", lr=1e-3, schedule_on="update", warmup_lr=1e-8, min_lr=1e-9, schedule_lag=0)
+    updates = 30
+    rates = learning_rates(r, updates)
+    assert len(rates) == 3000 and rates[0] == pytest.approx(1e-8)
+    assert rates[300] == pytest.approx(0.9755e-3, rel=1e-4)
+    want = [1e-8 + t * (1e-3 - 1e-8) / 300 if t < 300 else 1e-9 + (1e-3 - 1e-9) * cosine(t, 3000) for t in range(3000)]
+    assert rates == pytest.approx(want, rel=1e-12)
+
+
+def test_schedule_per_epoch_is_constant_within_an_epoch():
+    r = recipe("vpt", epochs=4, warmup_epochs=1)
+    rates = learning_rates(r, 5)
+    assert rates == [rate for rate in learning_rates(r) for _ in range(5)]
+
+
+def test_each_group_follows_its_own_rate():
+    groups = [{"params": [torch.zeros(1)], "lr": 1.0}, {"params": [torch.zeros(1)], "lr": 0.1}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    r = recipe("vpt")
+    scheduler = schedule(optimizer, r)
+    set_rate(scheduler, r, 5, 80)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.5, 0.05])
+
+
+class Model(torch.nn.Module):
+    "One prompt, one norm, one head."
+    def __init__(self):
+        super().__init__()
+        self.prompts, self.norm1, self.head = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2)
+
+    def param_groups(self, lr, weight_decay, head_lr=None, head_weight_decay=None):
+        self.asked = dict(lr=lr, weight_decay=weight_decay, head_lr=head_lr, head_weight_decay=head_weight_decay)
+        return [{"params": list(self.parameters()), "lr": lr, "weight_decay": weight_decay}]
+
+
+def test_rates_are_scaled_once():
+    model = Model()
+    build_optimizer(model, recipe("vpt", lr=8.0, head_lr=4.0, batch_size=32, weight_decay=0.01, head_weight_decay=3.0))
+    assert model.asked == dict(lr=1.0, weight_decay=0.01, head_lr=0.5, head_weight_decay=3.0)
+
+
+def test_optimizers_have_the_published_constants():
+    sgd, adamw = build_optimizer(Model(), recipe("vpt")), build_optimizer(Model(), recipe("noah"))
+    assert type(sgd) is torch.optim.SGD and type(adamw) is torch.optim.AdamW
+    assert sgd.defaults["momentum"] == 0.9 and not sgd.defaults["nesterov"] and sgd.defaults["dampening"] == 0
+    assert adamw.defaults["betas"] == (0.9, 0.999) and adamw.defaults["eps"] == 1e-8
+
+
+@pytest.mark.parametrize("asked, used", [(1e-2, 0.01), (1e-4, 0.01), (0.0, 0.0)])
+def test_released_adamw_decay(asked, used):
+    "VPT's released branch: 0.01 for every name without bias (norm weights too), whatever is asked for, unless that is 0."
+    model = Model()
+    decayed, free = build_optimizer(model, recipe("vpt_full_released", weight_decay=asked)).param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (used, 0.0)
+    assert {id(p) for p in decayed["params"]} == {id(model.prompts), id(model.norm1.weight), id(model.head.weight)}
+    assert {id(p) for p in free["params"]} == {id(model.norm1.bias), id(model.head.bias)}
+
+
+@pytest.mark.parametrize("name, size", [("vpt", 40), ("vpt_fgvc", 36), ("vpt_linear", 40), ("vpt_linear_mae", 52), ("vpt_full", 16)])
+def test_grids(name, size):
+    trials = grid("vpt", **GRIDS[name])
+    assert len(trials) == len(set(trials)) == size
+    rates = [t.lr for t in trials]
+    assert rates == sorted(rates)
+
+
+def test_grid_refuses_what_is_no_list():
+    for bad in (0.1, "0.1", [], {"a": 1}):
+        with pytest.raises(TypeError, match="list of values for lr"): grid("vpt", lr=bad)
+    with pytest.raises(TypeError, match="Did you mean 'lr'"): grid("vpt", lrs=[0.1])

@@ -1,0 +1,484 @@
+"""The training loop: determinism, modes, protocols, resuming, refusals."""
+import json
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hierprompt import training
+from hierprompt.backbones import load_backbone
+from hierprompt.core import from_dict, read_json, rng, to_dict
+from hierprompt.data.tasks import Split
+from hierprompt.recipes import Recipe, learning_rates, recipe
+from hierprompt.training import History, Trainer, evaluate, fit, make_resident, run_seeds, select, tensor_digest
+from hierprompt.tuned import tune
+
+QUICK = recipe("vpt", lr=0.2, epochs=3, warmup_epochs=0, batch_size=16)
+
+
+def tints(n, seed, size=32):
+    "Noise with a faint tint of one of four colours."
+    labels, tint = torch.arange(n) % 4, 30 * torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]])
+    images = torch.randint(0, 226, (n, 3, size, size), generator=torch.Generator().manual_seed(seed)) + tint[labels][:, :, None, None]
+    return Split(images.to(torch.uint8), labels)
+
+
+TRAIN, VALID, TEST = tints(40, 0), tints(16, 1), tints(24, 2)
+
+
+@pytest.fixture(scope="module")
+def vit(): return load_backbone("tiny_random")
+
+
+def quiet(model, *splits, **kwargs): return fit(model, *splits, progress=False, device="cpu", **kwargs)
+
+
+def weights(model): return [p.detach().clone() for p in model.trainable().values()]
+
+
+def same(first, second): return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# --- chance ---
+
+@pytest.mark.parametrize("method, name", [("vpt_deep", "vpt"), ("adapter", "noah"), ("lora", "noah"), ("full", "vpt_full")])
+def test_same_seed_is_bitwise_the_same_run(vit, method, name):
+    r = recipe(name, epochs=2, warmup_epochs=0, batch_size=16)
+    runs = []
+    for garbage in (3, 7):
+        torch.manual_seed(garbage)
+        torch.rand(garbage)
+        model = tune(vit, method, num_classes=4, seed=5)
+        before = torch.get_rng_state()
+        runs.append((quiet(model, TRAIN, VALID, recipe=r, test=TEST, seed=5).rows, weights(model)))
+        assert torch.equal(torch.get_rng_state(), before), "the global generator was not put back"
+    assert runs[0][0] == runs[1][0]
+    assert same(runs[0][1], runs[1][1])
+
+
+def orders(vit, method, seed, **config):
+    "The labels of every batch, in the order the model sees them."
+    model, seen = tune(vit, method, num_classes=40, **config), []
+    model.loss = lambda images, labels, label_smoothing: seen.append(labels) or type(model).loss(model, images, labels, label_smoothing)
+    quiet(model, Split(TRAIN.images, torch.arange(40)), recipe=recipe(QUICK, weight_decay=0.0), seed=seed)
+    return torch.cat(seen)
+
+
+def test_image_order_depends_on_the_seed_alone(vit):
+    plain = orders(vit, "vpt_deep", 0, num_tokens=2)
+    assert torch.equal(plain, orders(vit, "adapter", 0, dropout=0.5)), "dropout must not draw from the sampler"
+    assert not torch.equal(plain, orders(vit, "vpt_deep", 1, num_tokens=2))
+    want = torch.cat([torch.randperm(40, generator=g) for g in [rng(0, "sampler")] for _ in range(3)])
+    assert torch.equal(plain, want)
+
+
+def test_seed_changes_dropout(vit):
+    def loss(seed):
+        model = tune(vit, "adapter", num_classes=4)
+        r = recipe(QUICK, batch_size=40, epochs=1, lr=1e-6)   # one batch of all images: their order changes nothing
+        return quiet(model, TRAIN, recipe=r, seed=seed).rows[0]["loss"]
+    assert abs(loss(0) - loss(1)) > 1e-5
+
+
+# --- the loop ---
+
+def test_backbone_is_bitwise_unchanged_and_weights_move(vit):
+    before = {n: t.clone() for n, t in vit.state_dict().items()}
+    model = tune(vit, "vpt_deep", num_classes=4)
+    start = weights(model)
+    quiet(model, TRAIN, recipe=QUICK)
+    assert all(torch.equal(t, before[n]) for n, t in vit.state_dict().items())
+    assert not any(torch.equal(a, b) for a, b in zip(start, weights(model)))
+    assert not model.training
+
+
+@pytest.mark.parametrize("images, drop_last, updates", [(1000, True, 15), (1000, False, 16), (800, True, 12), (64, True, 1), (10, False, 1)])
+def test_updates_per_epoch(vit, images, drop_last, updates):
+    split = Split(torch.zeros(images, 3, 32, 32, dtype=torch.uint8), torch.arange(images) % 4)
+    model, r = tune(vit, "linear", num_classes=4), recipe("vpt", lr=1e-3, drop_last=drop_last, epochs=1, warmup_epochs=0)
+    trainer = Trainer(model, make_resident(model, split, r, True), r, 0)
+    trainer.epoch(0)
+    assert trainer.updates == updates
+    assert trainer.images_seen == (updates * 64 if drop_last else images)
+
+
+def test_epoch_loss_is_the_mean_over_images(vit):
+    "A small last batch must not count like a full one; at rate ~0 the mean is that of the initial model."
+    model = tune(vit, "vpt_deep", num_classes=4)
+    with torch.no_grad(): want = model.train().loss(TRAIN.images, TRAIN.labels).item()
+    got = quiet(model, TRAIN, recipe=recipe(QUICK, lr=1e-12, epochs=1, batch_size=32)).rows[0]["loss"]
+    assert got == pytest.approx(want, abs=1e-5)
+
+
+def test_first_epoch_of_vpt_changes_nothing(vit):
+    model = tune(vit, "vpt_deep", num_classes=4)
+    start = weights(model)
+    r = recipe("vpt", epochs=4, warmup_epochs=2)
+    trainer = Trainer(model, make_resident(model, TRAIN, r, True), r, 0)
+    trainer.epoch(0)
+    assert trainer.lr == 0 and same(start, weights(model))
+    trainer.epoch(1)
+    assert trainer.lr > 0 and not same(start, weights(model))
+
+
+@pytest.mark.parametrize("unit", ["epoch", "update"])
+def test_rates_follow_the_recipe(vit, unit):
+    r = recipe("noah", epochs=6, warmup_epochs=2, batch_size=16, drop_last=False, schedule_on=unit)
+    rates = learning_rates(r, 3)
+    rows = quiet(tune(vit, "linear", num_classes=4), TRAIN, recipe=r).rows
+    assert [row["lr"] for row in rows] == pytest.approx([rates[3 * e + 2] for e in range(6)])
+
+
+def test_hooks_are_called_in_order(vit):
+    model, calls = tune(vit, "vpt_deep", num_classes=4), []
+    model.prepare = lambda images, labels: calls.append(("prepare", tuple(images.shape), images.dtype, torch.rand(1).item()))
+    model.after_step = lambda step: calls.append(("step", step))
+    model.after_epoch = lambda epoch: calls.append(("epoch", epoch))
+    quiet(model, TRAIN, recipe=recipe(QUICK, epochs=2), seed=3)
+    with training.seeded(3, "kmeans", torch.device("cpu")): draw = torch.rand(1).item()
+    assert calls[0] == ("prepare", (40, 3, 32, 32), torch.uint8, draw)
+    assert calls[1:] == [("step", 0), ("step", 1), ("step", 2), ("epoch", 0), ("step", 3), ("step", 4), ("step", 5), ("epoch", 1)]
+
+
+def test_gradient_values_are_clipped(vit):
+    model = tune(vit, "vpt_deep", num_classes=4)
+    start, r = weights(model), recipe(QUICK, lr=1.0, lr_batch=None, weight_decay=0.0, clip_value=1e-3, batch_size=40, epochs=1)
+    quiet(model, TRAIN, recipe=r)
+    steps = torch.cat([(a - b).abs().flatten() for a, b in zip(start, weights(model))])
+    assert steps.max().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_label_smoothing_reaches_the_loss(vit):
+    for method in ("linear", "vpt_deep"):
+        model = tune(vit, method, num_classes=4)
+        with torch.no_grad(): want = F.cross_entropy(model(TRAIN.images), TRAIN.labels, label_smoothing=0.3).item()
+        got = quiet(model, TRAIN, recipe=recipe(QUICK, lr=1e-12, epochs=1, label_smoothing=0.3)).rows[0]["loss"]
+        assert got == pytest.approx(want, abs=1e-5)
+
+
+def test_drop_path_of_the_recipe_becomes_the_models(vit):
+    model = tune(vit, "vpt_deep", num_classes=4)
+    quiet(model, TRAIN, recipe=recipe(QUICK, epochs=1, drop_path=0.1))
+    assert model.drop_path == 0.1
+    quiet(model, TRAIN, recipe=recipe(QUICK, epochs=1))
+    assert model.drop_path == 0.0
+
+
+def test_bf16_is_used_when_asked_for(vit):
+    model = tune(vit, "vpt_deep", num_classes=4)
+    full, half = (quiet(tune(vit, "vpt_deep", num_classes=4), TRAIN, recipe=recipe(QUICK, precision=p)).rows[-1]["loss"] for p in ("fp32", "bf16"))
+    assert full != half and full == pytest.approx(half, abs=0.05)
+    assert quiet(model, TRAIN, recipe=QUICK).rows[-1]["loss"] == full   # auto is fp32 on a CPU
+
+
+def test_progress_bar_is_one_line_or_nothing(vit, capsys):
+    fit(tune(vit, "linear", num_classes=4), TRAIN, VALID, recipe=QUICK, device="cpu")
+    shown = capsys.readouterr().err
+    assert "linear" in shown and "loss=" in shown and "valid_acc=" in shown and shown.count("\n") == 1
+    quiet(tune(vit, "linear", num_classes=4), TRAIN, VALID, recipe=QUICK)
+    assert capsys.readouterr() == ("", "")
+
+
+# --- constant features ---
+
+def plain(model):
+    "The same model, trained on images."
+    model.__class__ = type("Plain", (type(model),), {"features_are_constant": False})
+    return model
+
+
+@pytest.mark.parametrize("changes", [{}, {"label_smoothing": 0.1}, {"drop_last": True}, {"optimizer": "adamw", "lr": 0.01}])
+def test_cached_features_train_the_same_classifier(vit, changes):
+    r = recipe(QUICK, epochs=6, **changes)
+    fast, slow = tune(vit, "linear", num_classes=4), plain(tune(vit, "linear", num_classes=4))
+    a, b = (quiet(m, TRAIN, VALID, recipe=r, test=TEST, seed=2) for m in (fast, slow))
+    torch.testing.assert_close(fast.head.weight, slow.head.weight, atol=1e-5, rtol=1e-5)
+    for one, other in zip(a.rows, b.rows, strict=True): assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_features_are_computed_once_per_image(vit):
+    model, sizes = tune(vit, "linear", num_classes=4), []
+    features = model.features
+    model.features = lambda images: sizes.append(len(images)) or features(images)
+    quiet(model, TRAIN, VALID, recipe=recipe(QUICK, eval_batch_size=32, test_every=1), test=TEST)
+    assert sizes == [32, 8, 16, 24]
+
+
+@pytest.mark.parametrize("changes", [{"drop_path": 0.1}, {"augment": "flip"}])
+def test_random_features_are_not_cached(vit, changes):
+    model = tune(vit, "linear", num_classes=4)
+    r = recipe(QUICK, epochs=1, **changes)
+    model.drop_path = r.drop_path
+    assert not training.features_suffice(model, r)
+    assert make_resident(model, TRAIN, r, True).inputs.dtype == torch.uint8
+    quiet(model, TRAIN, VALID, recipe=r)
+
+
+# --- image sizes and augmentation ---
+
+def test_images_with_a_margin_are_cropped(vit):
+    wide = tints(16, 3, size=36)
+    centre = Split(wide.images[..., 2:34, 2:34].clone(), wide.labels)
+    model = tune(vit, "vpt_deep", num_classes=4)
+    assert evaluate(model, wide) == evaluate(model, centre)
+    a, b = (quiet(tune(vit, "vpt_deep", num_classes=4), s, recipe=QUICK).rows for s in (wide, centre))
+    assert a == b
+
+
+@pytest.mark.parametrize("size", [16, 28, 64])
+def test_images_of_another_size_are_refused(vit, size):
+    model, wrong = tune(vit, "vpt_deep", num_classes=4), tints(16, 3, size=size)
+    for call in (lambda: quiet(model, wrong, recipe=QUICK), lambda: evaluate(model, wrong), lambda: quiet(model, TRAIN, wrong, recipe=QUICK)):
+        with pytest.raises(ValueError, match=f"images of {size} px .* load the task with image_size=32"): call()
+
+
+@pytest.mark.parametrize("name", ["flip", "crop_flip", "random_resized_crop_flip"])
+def test_augmentation_changes_training_and_repeats(vit, name):
+    wide, r = tints(16, 3, size=36), recipe(QUICK, augment=name)
+    a, b, c = (quiet(tune(vit, "vpt_deep", num_classes=4), wide, recipe=x, seed=s).rows for x, s in ((r, 0), (r, 0), (QUICK, 0)))
+    assert a == b and a[0]["loss"] != c[0]["loss"]
+
+
+# --- refusals ---
+
+@pytest.mark.parametrize("labels, message", [([0, 4], "label 4, but the model has 4 classes"), ([-1, 0], "label -1"), ([], "is empty")])
+def test_labels_are_checked_before_training(vit, labels, message):
+    bad = Split(TRAIN.images[:len(labels)], torch.tensor(labels, dtype=torch.int64))
+    model = tune(vit, "vpt_deep", num_classes=4)
+    for name, splits in {"train": (bad,), "valid": (TRAIN, bad)}.items():
+        with pytest.raises(ValueError, match=f"the {name} split .*{message}"): quiet(model, *splits, recipe=QUICK)
+    with pytest.raises(ValueError, match=f"the test split .*{message}"): quiet(model, TRAIN, recipe=QUICK, test=bad)
+    with pytest.raises(ValueError, match=message): evaluate(model, bad)
+
+
+def test_a_split_smaller_than_a_batch_with_drop_last(vit):
+    with pytest.raises(ValueError, match="40 training images make no batch of 64 with drop_last"): quiet(tune(vit, "linear", num_classes=4), TRAIN, recipe="noah")
+
+
+def test_unknown_recipes_are_refused(vit):
+    with pytest.raises(KeyError, match="Did you mean 'vpt'"): quiet(tune(vit, "linear", num_classes=4), TRAIN, recipe="vtp")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_loss_that_is_not_finite_stops_the_epoch(vit, value):
+    model, steps = tune(vit, "vpt_deep", num_classes=4), []
+    loss = model.loss
+    model.after_step = steps.append
+    model.loss = lambda *a, **k: loss(*a, **k) * (value if len(steps) == 4 else 1)
+    with pytest.raises(FloatingPointError, match=r"vpt_deep: loss (nan|inf) in epoch 1 at learning rate .* smaller lr"): quiet(model, TRAIN, recipe=QUICK)
+    assert len(steps) == 6   # three updates an epoch
+
+
+def test_weights_that_are_not_finite_stop_the_epoch(vit):
+    model = tune(vit, "vpt_deep", num_classes=4)
+    def spoil(step):
+        if step == 8: model.head.weight.data[0, 0] = math.nan   # after the last loss of the run
+    model.after_step = spoil
+    with pytest.raises(FloatingPointError, match="epoch 2"): quiet(model, TRAIN, recipe=QUICK)
+
+
+def test_evaluate_refuses_logits_that_are_not_finite(vit):
+    model = tune(vit, "vpt_deep", num_classes=4)
+    model.head.bias.data[1] = math.inf
+    with pytest.raises(FloatingPointError, match="logits of 24 of 24 images"): evaluate(model, TEST)
+
+
+# --- evaluation ---
+
+def test_evaluate_counts_right_answers_and_keeps_the_mode(vit):
+    model = tune(vit, "vpt_deep", num_classes=4).train()
+    want = 100 * (model.eval()(TEST.images).argmax(1) == TEST.labels).float().mean().item()
+    for batch_size in (1, 7, 24, 256):
+        model.train()
+        assert evaluate(model, TEST, batch_size) == pytest.approx(want)
+        assert model.training
+    model.eval()
+    evaluate(model, TEST)
+    assert not model.training
+
+
+def test_training_goes_on_after_an_evaluation(vit):
+    "Keys and values remembered in evaluation must not reach the next training step."
+    rows = [quiet(tune(vit, "vpt_deep", num_classes=4), TRAIN, VALID, recipe=recipe(QUICK, valid_every=every)).rows for every in (0, 1)]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    assert [row["valid_acc"] is None for row in rows[0]] == [True, True, False]
+    assert rows[0][-1] == rows[1][-1]
+
+
+def test_noah_looks_at_the_test_set_eleven_times(vit):
+    h = quiet(tune(vit, "linear", num_classes=4), TRAIN, recipe=recipe("noah", drop_path=0.0, drop_last=False), test=TEST)
+    assert h.num_test_evaluations == 11 and len(h.rows) == 100
+    assert [row["epoch"] for row in h.rows if row["test_acc"] is not None] == [*range(0, 100, 10), 99]
+    assert h.acc_best_test >= h.acc == h.rows[-1]["test_acc"] and h.valid_acc is None
+
+
+# --- history ---
+
+def history(accs=(50.0, None, 80.0, 75.0)):
+    rows = [dict(epoch=e, lr=0.1, loss=1.0 / (e + 1), valid_acc=None, test_acc=a) for e, a in enumerate(accs)]
+    return History(rows, "vpt_deep", QUICK, 0, "cpu", 2.0, 3.0, 20.0, 100.0)
+
+
+def test_history_tells_the_protocols_apart():
+    h = history()
+    assert (h.acc, h.acc_best_test, h.num_test_evaluations, h.valid_acc) == (75.0, 80.0, 3, None)
+    never = history([None, None])
+    assert (never.acc, never.acc_best_test, never.num_test_evaluations) == (None, None, 0)
+
+
+def test_history_survives_json(vit):
+    h = quiet(tune(vit, "linear", num_classes=4), TRAIN, VALID, recipe=QUICK, test=TEST)
+    assert from_dict(History, json.loads(json.dumps(to_dict(h), allow_nan=False))) == h
+    assert 0 < h.seconds <= h.total_seconds and h.images_per_second == pytest.approx(120 / h.seconds) and h.peak_memory_mb > 10
+
+
+def test_history_writes_and_draws(tmp_path):
+    h = history()
+    h.to_csv(tmp_path/"curves"/"history.csv")
+    assert [p.name for p in (tmp_path/"curves").iterdir()] == ["history.csv"]
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path/"curves"/"history.csv"), h.frame, check_dtype=False)
+    loss, accuracy = h.plot()
+    assert list(loss.lines[0].get_ydata()) == [1, 1/2, 1/3, 1/4]
+    assert list(accuracy.lines[0].get_xdata()) == [0, 2, 3]
+    assert "vpt_deep, seed 0, cpu" in h._repr_html_() and len(history([None] * 50)._repr_html_()) < 4000
+
+
+# --- selection and final runs ---
+
+class Factory:
+    "Makes models and remembers for which seeds; fails at the call number `stop`."
+    def __init__(self, vit, method="linear", stop=None, **config): self.vit, self.method, self.config, self.stop, self.seeds = vit, method, config, stop, []
+
+    def __call__(self, seed):
+        if len(self.seeds) == self.stop: raise KeyboardInterrupt
+        self.seeds.append(seed)
+        return tune(self.vit, self.method, num_classes=4, seed=seed, **self.config)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    "How often the loop really ran."
+    runs, fit_ = [], training._fit
+    monkeypatch.setattr(training, "_fit", lambda *a: runs.append(a) or fit_(*a))
+    return runs
+
+
+def chosen(vit, recipes, **kwargs): return select(Factory(vit), TRAIN, VALID, recipes, progress=False, device="cpu", **kwargs)
+
+
+def test_select_takes_the_best_last_epoch(vit):
+    recipes = [recipe(QUICK, lr=lr) for lr in (1e-9, 1.0)]
+    best, trials = chosen(vit, recipes)
+    assert best == recipes[1] and list(trials.chosen) == [False, True] and list(trials.columns) == ["lr", "valid_acc", "status", "chosen"]
+    model = tune(vit, "linear", num_classes=4)
+    assert trials.valid_acc[1] == quiet(model, TRAIN, VALID, recipe=recipes[1]).valid_acc == evaluate(model, VALID)
+
+
+def test_ties_go_to_the_smaller_rate(vit):
+    tied = [recipe(QUICK, lr=lr, weight_decay=d) for lr in (1e-9, 1e-12, 1e-10) for d in (0.1, 0.0)]
+    best, trials = chosen(vit, tied)
+    assert trials.valid_acc.nunique() == 1 and (best.lr, best.weight_decay) == (1e-12, 0.1)
+
+
+def test_diverged_trials_are_shown_and_never_chosen(vit):
+    bad, good = recipe(QUICK, lr=1e38), recipe(QUICK, lr=0.1)
+    best, trials = chosen(vit, [bad, good])
+    assert best == good and list(trials.status) == ["diverged", "success"] and math.isnan(trials.valid_acc[0])
+    with pytest.raises(FloatingPointError, match="all 1 recipes diverged.*smaller lr than 1e"): chosen(vit, [bad])
+    with pytest.raises(ValueError, match="no recipes"): chosen(vit, [])
+
+
+def test_an_interrupted_selection_loses_no_finished_trial(vit, tmp_path, trained):
+    recipes = [recipe(QUICK, lr=lr) for lr in (0.01, 0.1, 1.0, 1e38)]
+    with pytest.raises(KeyboardInterrupt): select(Factory(vit, stop=2), TRAIN, VALID, recipes, cache=tmp_path, progress=False, device="cpu")
+    assert len(list(tmp_path.iterdir())) == len(trained) == 2
+    best, trials = chosen(vit, recipes, cache=tmp_path)
+    assert len(trained) == 4
+    want, table = chosen(vit, recipes)
+    assert best == want
+    pd.testing.assert_frame_equal(trials, table)
+    trained.clear()
+    chosen(vit, recipes, cache=tmp_path)
+    assert not trained   # the diverged one is remembered too
+
+
+def test_final_runs_resume_and_equal_uninterrupted_ones(vit, tmp_path, trained):
+    def final(factory, **kwargs): return run_seeds(factory, TRAIN, TEST, QUICK, [4, 5, 6], progress=False, device="cpu", **kwargs)
+    with pytest.raises(KeyboardInterrupt): final(Factory(vit, "vpt_deep", stop=1), cache=tmp_path)
+    resumed, whole = final(Factory(vit, "vpt_deep"), cache=tmp_path), final(Factory(vit, "vpt_deep"))
+    assert len(trained) == 1 + 2 + 3
+    assert [h.rows for h in resumed] == [h.rows for h in whole] and [h.seed for h in resumed] == [4, 5, 6]
+    assert len({h.rows[-1]["loss"] for h in whole}) == 3 and all(h.num_test_evaluations == 1 for h in whole)
+    kept = next(tmp_path.iterdir())
+    assert read_json(kept).keys() == {"status", "history"} and kept.stat().st_size < 4000   # a history, no weights
+
+
+def test_a_final_run_that_diverges_is_an_error(vit):
+    with pytest.raises(FloatingPointError, match="smaller lr"):
+        run_seeds(Factory(vit), TRAIN, TEST, recipe(QUICK, lr=1e38), [0], progress=False, device="cpu")
+
+
+def test_remembered_runs_know_what_they_depend_on(vit, tmp_path, trained):
+    def run(factory=Factory(vit), train=TRAIN, r=QUICK, seed=0): run_seeds(factory, train, TEST, r, [seed], cache=tmp_path, progress=False, device="cpu")
+    run()
+    flipped = Split(TRAIN.images.flip(-1), TRAIN.labels)
+    relabelled = Split(TRAIN.images, TRAIN.labels.flip(0))
+    other = load_backbone("tiny_random")
+    other.blocks[0].attn.qkv.weight.data[0, 0] += 1e-3
+    for change in (dict(seed=1), dict(train=flipped), dict(train=relabelled), dict(r=replace(QUICK, lr=0.3)), dict(factory=Factory(other)),
+                   dict(factory=Factory(vit, "vpt_deep")), dict(factory=Factory(vit, "vpt_deep", dropout=0.1))):
+        before = len(trained)
+        run(**change)
+        assert len(trained) == before + 1, change
+        run(**change)
+        assert len(trained) == before + 1, change
+
+
+def test_a_damaged_remembered_run_is_named(vit, tmp_path):
+    chosen(vit, [QUICK], cache=tmp_path)
+    path = next(tmp_path.iterdir())
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(ValueError, match=path.name): chosen(vit, [QUICK], cache=tmp_path)
+
+
+def test_selection_computes_constant_features_once(vit, monkeypatch):
+    calls, features = [], training._features
+    monkeypatch.setattr(training, "_features", lambda *a: calls.append(a) or features(*a))
+    chosen(vit, [recipe(QUICK, lr=lr) for lr in (0.01, 0.1, 1.0)])
+    assert len(calls) == 2   # train and valid
+
+
+def test_tensor_digest_sees_values_shapes_and_types():
+    x = torch.arange(6.0)
+    variants = [[x], [x.view(2, 3)], [x.double()], [x + 1e-7], [x[:3], x[3:]], [x.bfloat16()], [torch.tensor(1.0)], []]
+    digests = [tensor_digest(v) for v in variants]
+    assert len(set(digests)) == len(digests) and tensor_digest([x.view(2, 3).T.contiguous().T]) == digests[1]
+
+
+# --- CUDA ---
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["vpt", "noah"])
+def test_no_host_sync_inside_an_epoch(vit, name):
+    model, r = tune(load_backbone("tiny_random"), "vpt_deep", num_classes=4).to("cuda"), recipe(name, batch_size=16, clip_value=1.0)
+    model.drop_path = r.drop_path
+    trainer = Trainer(model, make_resident(model, TRAIN, r, True), r, 0)
+    trainer.epoch(0)
+    model.train()
+    rows = torch.arange(16, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try: [trainer._update(1, rows) for _ in range(3)]
+    finally: torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+def test_cuda_trains_in_bf16_and_repeats_the_order(vit):
+    rows = {d: fit(tune(load_backbone("tiny_random"), "vpt_deep", num_classes=4), TRAIN, VALID, QUICK, TEST, device=d, progress=False) for d in ("cpu", "cuda")}
+    assert rows["cuda"].device.startswith("cuda") and rows["cuda"].peak_memory_mb > 0
+    assert [r["loss"] for r in rows["cuda"].rows] == pytest.approx([r["loss"] for r in rows["cpu"].rows], abs=0.05)
