@@ -28,7 +28,8 @@ class Recipe:
     weight_decay: float = 1e-4                  # of the parameters that the method declares as decayed; in VPT's grid
     head_lr: Optional[float] = None             # base rate of the head; None: lr
     head_weight_decay: Optional[float] = None   # decay of the head's weight; None: weight_decay
-    released_decay: bool = False                # VPT's released AdamW: 0.01 whatever weight_decay > 0 says (spec 3.2)
+    decay: Literal["matrices", "all_but_head_bias", "released_adamw"] = "all_but_head_bias"  # what decays: timm's rule, VPT's SGD,
+                                                # or VPT's released AdamW, 0.01 whatever weight_decay > 0 says (spec 3.2)
     epochs: int = 100                           # passes over the training images
     batch_size: int = 64                        # images per update
     drop_last: bool = False                     # leave out the last incomplete batch of each epoch (NOAH)
@@ -53,8 +54,8 @@ class Recipe:
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs = {self.warmup_epochs} must be below epochs = {self.epochs}: "
                              f"a shorter run needs a shorter warm-up, e.g. warmup_epochs={self.epochs // 10}")
-        if self.released_decay and (self.optimizer, self.head_lr, self.head_weight_decay) != ("adamw", None, None):
-            raise ValueError("released_decay belongs to optimizer='adamw' without head_lr and head_weight_decay")
+        if self.decay == "released_adamw" and (self.optimizer, self.head_lr, self.head_weight_decay) != ("adamw", None, None):
+            raise ValueError("decay = 'released_adamw' belongs to optimizer='adamw' without head_lr and head_weight_decay")
 
     def scaled(self, lr: Optional[float]) -> Optional[float]:
         "The learning rate in use for the base rate `lr`."
@@ -71,15 +72,15 @@ def _check(name: str, kind, value) -> None:
     elif not value >= 0: raise ValueError(f"Recipe.{name} = {value} must not be negative")
 
 # %% ../nbs/06a_recipes.ipynb #33c1f73e
-_NOAH = Recipe(optimizer="adamw", lr=1e-3, lr_batch=None, weight_decay=1e-4, drop_last=True,    # spec 1.6, 1.8
+_NOAH = Recipe(optimizer="adamw", decay="matrices", lr=1e-3, lr_batch=None, weight_decay=1e-4, drop_last=True,    # spec 1.6, 1.8
                warmup_lr=1e-6, min_lr=1e-5, warmup_prefix=False, drop_path=0.1, test_every=10)  # 1.6, 3.9, 3.1
-_FULL = Recipe(optimizer="adamw", lr=1e-3, weight_decay=1e-4, warmup_epochs=5)                  # 1.1, paper's batch
+_FULL = Recipe(optimizer="adamw", decay="matrices", lr=1e-3, weight_decay=1e-4, warmup_epochs=5)                  # 1.1, paper's batch
 
 RECIPES = {
     "vpt": Recipe(),                                                           # baselines spec 1.4, 1.5
     "vpt_linear": Recipe(batch_size=1024),                                     # 1.2
     "vpt_full": _FULL,
-    "vpt_full_released": replace(_FULL, batch_size=384, released_decay=True),  # 1.1, 3.2
+    "vpt_full_released": replace(_FULL, batch_size=384, decay="released_adamw"),  # 1.1, 3.2
     "noah": _NOAH,
     "noah_released": replace(_NOAH, schedule_lag=1),                           # SHIP spec 4
 }
@@ -123,14 +124,14 @@ def learning_rates(recipe: Recipe, updates_per_epoch: int = 1) -> list[float]:
 OPTIMIZERS = {"sgd": lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9),  # baselines spec 1.4
               "adamw": lambda groups, lr: torch.optim.AdamW(groups, lr=lr)}            # betas, eps: SHIP spec 4
 
-def build_optimizer(model,           # has `param_groups(lr, weight_decay, head_lr, head_weight_decay)`
+def build_optimizer(model,           # has `param_groups(lr, weight_decay, head_lr, head_weight_decay, vectors)`
                     recipe: Recipe,
                    ) -> torch.optim.Optimizer:
     "The optimizer of `recipe` over what `model` trains, base rates scaled by the batch size."
     lr = recipe.scaled(recipe.lr)
-    if recipe.released_decay: groups = _released_groups(model, recipe.weight_decay)
+    if recipe.decay == "released_adamw": groups = _released_groups(model, recipe.weight_decay)
     else: groups = model.param_groups(lr=lr, weight_decay=recipe.weight_decay, head_lr=recipe.scaled(recipe.head_lr),
-                                      head_weight_decay=recipe.head_weight_decay)
+                                      head_weight_decay=recipe.head_weight_decay, vectors=recipe.decay == "all_but_head_bias")
     return lookup(OPTIMIZERS, recipe.optimizer, "optimizer")(groups, lr)
 
 def _released_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:

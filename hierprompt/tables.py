@@ -276,7 +276,7 @@ def tasks_part(table: ResultsTable) -> pd.DataFrame:
         for _, p in printed[printed.variant == row.variant].iterrows():
             theirs = {task: _with_difference(table, p, task) for task in shared}
             lines.append({"Method": row.label, "Source": p.source} | theirs)
-    return pd.DataFrame(lines).fillna("")
+    return pd.DataFrame(lines).astype(object).fillna("")
 
 def published_part(table: ResultsTable) -> pd.DataFrame:
     "Ours and every published row of the same method, with the difference where it means something."
@@ -291,7 +291,7 @@ def published_part(table: ResultsTable) -> pd.DataFrame:
             about = {"Ours − published": _differences(table, p), "Parameters, M": _number(p.params),
                      "counted": p.params_convention, "Backbone": p.backbone}
             lines.append({"Method": row.label, "Source": p.source} | theirs | about)
-    return pd.DataFrame(lines).fillna("")
+    return pd.DataFrame(lines).astype(object).fillna("")
 
 # %% ../nbs/07a_tables.ipynb #cc7e7d0f
 def caption(table: ResultsTable) -> str:

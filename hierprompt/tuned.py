@@ -121,11 +121,11 @@ class TunedModel(nn.Module):
         return not self.tuner.trainable(self.host) and self.drop_path == 0
 
     def param_groups(self, lr: float, weight_decay: float, head_lr: float | None = None,
-                     head_weight_decay: float | None = None) -> list[dict]:
-        "Optimizer groups; matrices and prompts decay, vectors (biases, norms, scales) do not (timm's rule; VPT, spec 3.2)."
+                     head_weight_decay: float | None = None, vectors: bool = False) -> list[dict]:
+        "Optimizer groups; matrices and prompts decay (timm's rule), and with `vectors` all but the head's bias (VPT's SGD, spec 3.2)."
         groups = {}
         for name, p in self.trainable().items():
-            part, decays = name.split(".")[0], p.ndim > 1
+            part, decays = name.split(".")[0], p.ndim > 1 or vectors and name != "head.bias"
             rate = head_lr if part == "head" and head_lr is not None else lr
             decay = head_weight_decay if part == "head" and head_weight_decay is not None else weight_decay
             group = dict(name=f"{part}{'' if decays else ', no decay'}", params=[], lr=rate, weight_decay=decay if decays else 0.0)

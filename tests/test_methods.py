@@ -180,6 +180,8 @@ def test_weight_decay_spares_vectors(vit):
         assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
         assert group["lr"] == (0.5 if group["name"].startswith("head") else 0.1)
     assert {g["weight_decay"] for g in groups} == {0.0, 0.01, 0.2}
+    everything = tune(vit, "adapter", 3).param_groups(0.1, 0.01, vectors=True)          # VPT's SGD
+    assert [len(g["params"]) for g in everything if g["weight_decay"] == 0] == [1]
 
 
 def test_prompt_dropout_draws_per_image(vit, images):

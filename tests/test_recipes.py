@@ -45,7 +45,7 @@ def test_published_presets():
     ({"label_smoothing": -0.1}, ValueError, r"\[0, 1\)"),
     ({"clip_value": 0.0}, ValueError, "clip_value"),
     ({"test_every": -1}, ValueError, "test_every"),
-    ({"released_decay": True}, ValueError, "adamw"),
+    ({"decay": "released_adamw"}, ValueError, "adamw"),
     ({"momentum": 0.9}, TypeError, "unknown key 'momentum'"),
     ({"weight_decy": 0.1}, TypeError, "Did you mean 'weight_decay'"),
 ])
@@ -110,7 +110,7 @@ class Model(torch.nn.Module):
         super().__init__()
         self.prompts, self.norm1, self.head = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2)
 
-    def param_groups(self, lr, weight_decay, head_lr=None, head_weight_decay=None):
+    def param_groups(self, lr, weight_decay, head_lr=None, head_weight_decay=None, vectors=False):
         self.asked = dict(lr=lr, weight_decay=weight_decay, head_lr=head_lr, head_weight_decay=head_weight_decay)
         return [{"params": list(self.parameters()), "lr": lr, "weight_decay": weight_decay}]
 
