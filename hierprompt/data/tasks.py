@@ -34,6 +34,10 @@ class Split:
         if self.labels.shape != shape[:1]:
             raise ValueError(f"{shape[0]} images but labels of shape {tuple(self.labels.shape)}")
 
+    def __repr__(self) -> str:
+        "How many images of which size, not the images."
+        return f"Split({len(self)} images of {self.images.shape[-1]} px)"
+
     def __len__(self) -> int: return len(self.labels)
 
     def subset(self, n: int,      # how many images
