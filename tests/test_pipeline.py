@@ -1,0 +1,328 @@
+"Profiles, run notebooks and stages: bad input, faults, kills. The slow tests work in copies of the project with a tiny profile."
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from clone import ROOT, dvc, environment, make_clone, pipeline
+from nbformat.v4 import new_code_cell, new_notebook
+
+from hierprompt.core import read_json
+from hierprompt.pipeline import LEVELS, leftovers, main, selected, stages
+from hierprompt.profiles import load_profile, resolve
+
+TINY = {"base": "smoke", "data": {"train": 32, "val": 16, "test": 32}, "recipe": {"epochs": 2},
+        "variants": {"vpt_deep": {"grid": {}}}, "tables": {"baselines": {"variants": ["linear", "vpt_deep"]}}}
+
+
+def with_profile(folder, name, values):
+    "The copy with one more profile, made the active one."
+    (folder/"profiles"/f"{name}.yaml").write_text(yaml.safe_dump(values))
+    done = pipeline(folder, "profile", name, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def timeless(metrics):
+    "A metrics record without what differs from run to run."
+    return {key: value for key, value in metrics.items() if key not in ("seconds", "images_per_second", "peak_memory_mb")}
+
+
+def results(folder, profile):
+    "Cell -> (record without times, curves)."
+    runs = sorted((folder/"results"/profile/"runs").iterdir())
+    return {run.name: (timeless(read_json(run/"metrics.json")), (run/"history.csv").read_text()) for run in runs}
+
+
+# Parameters and errors of one notebook
+
+def write_notebook(path, *sources, tags=("parameters",)):
+    cells = [new_code_cell(source) for source in sources]
+    cells[0].metadata["tags"] = list(tags)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=cells), path)
+    return str(path)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"dvc.yaml").write_text("stages: {}\n")
+    return tmp_path
+
+
+def test_unknown_parameter_is_refused_before_any_work(here, capsys):
+    notebook = write_notebook(here/"n.ipynb", "variant = 'linear'", "open('worked', 'w')")
+    assert main(["run", notebook, "--out", "out.ipynb", "-p", "varaint=lora"]) == 1
+    assert "unknown parameter of" in capsys.readouterr().err
+    assert not Path("worked").exists() and not Path("out.ipynb").exists()
+
+
+def test_notebook_without_parameters_cell_is_refused(here, capsys):
+    assert main(["run", write_notebook(here/"n.ipynb", "variant = 'linear'", tags=()), "--out", "out.ipynb"]) == 1
+    assert "tagged `parameters`" in capsys.readouterr().err
+
+
+def test_outside_of_the_project_the_command_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["repro"]) == 1
+    assert "no dvc.yaml here" in capsys.readouterr().err
+
+
+def test_notebook_that_fails_in_the_middle_leaves_no_result(here):
+    notebook = write_notebook(here/"n.ipynb", "variant = 'linear'", "print('before')", "raise ValueError('the loss is NaN')", "open('metrics.json', 'w').write('{}')")
+    Path("out.ipynb").write_text("an older result")
+    done = subprocess.run([sys.executable, "-m", "hierprompt.pipeline", "run", notebook, "--out", "out.ipynb", "-p", "variant=lora"],
+                          capture_output=True, text=True, env=environment(ROOT))
+    assert done.returncode == 1
+    assert "ValueError: the loss is NaN" in done.stderr.splitlines()[-1] and "before" in done.stdout
+    assert sorted(p.name for p in here.iterdir()) == ["dvc.yaml", "n.ipynb", "out.failed.ipynb"]
+    assert "before" in Path("out.failed.ipynb").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_notebook_leaves_no_result_and_no_kernel(here, number):
+    notebook = write_notebook(here/"n.ipynb", "seconds = 60", "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(seconds)\nopen('metrics.json', 'w')")
+    process = subprocess.Popen([sys.executable, "-m", "hierprompt.pipeline", "run", notebook, "--out", "out.ipynb"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(ROOT))
+    kernel = int(wait_for(lambda: Path("pid").exists() and Path("pid").read_text()))
+    process.send_signal(number)
+    assert process.wait(20) == (130 if number != signal.SIGKILL else -number)
+    wait_for(lambda: not running(kernel))
+    assert not Path("metrics.json").exists() and not Path("out.ipynb").exists()
+
+
+def test_a_notebook_stops_when_its_parent_is_killed(here):
+    notebook = write_notebook(here/"n.ipynb", "seconds = 60", "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(seconds)")
+    shell = f"{sys.executable} -m hierprompt.pipeline run {notebook} --out out.ipynb; true"
+    process = subprocess.Popen(["sh", "-c", f"{shell}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(ROOT))
+    kernel = int(wait_for(lambda: Path("pid").exists() and Path("pid").read_text()))
+    process.kill()
+    process.wait()
+    wait_for(lambda: not running(kernel))
+
+
+def wait_for(condition, seconds=120.0):
+    "The first true value of a condition."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition(): return value
+        time.sleep(0.005)
+    raise TimeoutError("nothing happened")
+
+
+def running(pid):
+    "Whether a process exists and is not waiting to be buried."
+    try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError: return False
+
+
+# Profiles
+
+@pytest.mark.parametrize("change, message", [
+    ({"sed": [1]}, "unknown key 'sed'"),
+    ({"threads": "two"}, "threads = 'two' is not of type int"),
+    ({"variants": {"linear": {"methd": "linear"}}}, "unknown key 'methd'"),
+    ({"variants": {"linear": {"method": "lineer"}}}, "unknown method 'lineer'"),
+    ({"variants": {"vpt_deep": {"config": {"prompts": 3}}}}, "unknown key 'prompts'"),
+    ({"variants": {"vpt_deep": {"grid": {"rate": [1.0]}}}}, "unknown key 'rate'"),
+    ({"variants": {"vpt_deep": {"tasks": {"emoji": {"config": {"prompts": 3}}}}}}, "unknown key 'prompts'"),
+    ({"tables": {"baselines": {"tasks": ["emojis"]}}}, "unknown task 'emojis'"),
+    ({"tasks": {"emoji": {"trian": 3}}}, "unknown key 'trian'"),
+    ({"tasks": {"emojis": {"train": 3}}}, "unknown task or benchmark 'emojis'"),
+    ({"base": "labtop"}, "Did you mean 'laptop'?")])
+def test_a_profile_with_a_mistake_is_refused_and_changes_nothing(here, capsys, change, message):
+    shutil.copytree(ROOT/"profiles", here/"profiles")
+    (here/"profiles"/"mine.yaml").write_text(yaml.safe_dump({"base": "laptop", **change}))
+    assert main(["profile", "mine"]) == 1
+    assert message in capsys.readouterr().err
+    assert not (here/"params.yaml").exists()
+
+
+def test_check_tells_what_differs(here, capsys):
+    shutil.copytree(ROOT/"profiles", here/"profiles")
+    assert main(["profile", "laptop"]) == 0 and main(["profile", "laptop", "--check"]) == 0
+    (here/"params.yaml").write_text((here/"params.yaml").read_text().replace("threads: 1", "threads: 3"))
+    assert main(["profile", "laptop", "--check"]) == 1
+    assert "differs in threads" in capsys.readouterr().err
+
+
+def test_profiles_do_not_share_stages():
+    names = [{s for level in LEVELS[1:] for s in stages(resolve(load_profile(p, ROOT/"profiles")))[level]} for p in ("smoke", "laptop", "reference", "paper")]
+    assert len(set.union(*names)) == sum(map(len, names))
+
+
+def test_tables_select_their_stages_and_no_others():
+    params = resolve(load_profile("laptop", ROOT/"profiles"))
+    params["tables"]["laptop-small"] = {"table": "small", "variants": ["linear"], "tasks": ["emoji"]}
+    assert selected(params, ["small"]) == {"backbone": stages(params)["backbone"], "data": ["data@laptop-emoji"],
+                                           "run": ["run@laptop-linear-emoji"], "table": ["table@laptop-small"]}
+
+
+def test_vpt_prompt_lengths_of_the_paper_profile():
+    "Means over VTAB-1k of baselines spec 1.4 (93.3) and 1.5 (60.9)."
+    cells = resolve(load_profile("paper", ROOT/"profiles"))["cells"].values()
+    lengths = {v: [c["config"]["num_tokens"] for c in cells if c["variant"] == v and c["config"]] for v in ("vpt_shallow", "vpt_deep")}
+    assert len(lengths["vpt_shallow"]) == 19 and sum(lengths["vpt_shallow"]) / 19 == pytest.approx(93.3, abs=0.05)
+    assert len(lengths["vpt_deep"]) == 24 and sum(lengths["vpt_deep"][:19]) / 19 == pytest.approx(60.9, abs=0.05)
+    assert lengths["vpt_deep"][19:] == [10, 50, 5, 100, 200]
+
+
+# Whole runs
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "A copy in which the tiny profile has run without interruption."
+    folder = with_profile(make_clone(tmp_path_factory.mktemp("whole")/"hierprompt"), "tiny", TINY)
+    done = pipeline(folder, "repro", capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_everything_is_there(tiny):
+    assert set(results(tiny, "tiny")) == {"linear-emoji", "vpt_deep-emoji"}
+    assert (tiny/"results/tiny/tables/baselines.md").is_file()
+    assert not leftovers(tiny/"results", tiny/"data")
+    ignored = subprocess.run(["git", "status", "--porcelain", "-uall"], cwd=tiny, capture_output=True, text=True, check=True).stdout
+    assert not [line for line in ignored.splitlines() if line.endswith((".gitignore", ".ipynb", ".safetensors"))], ignored
+
+
+def test_nothing_to_do(tiny):
+    start = time.perf_counter()
+    assert "Data and pipelines are up to date" in dvc(tiny, "repro")
+    assert time.perf_counter() - start < 3
+    assert "everything is up to date" in pipeline(tiny, "repro", capture_output=True).stdout
+
+
+def test_dvc_shows_metrics_and_plots(tiny):
+    assert "acc_mean" in dvc(tiny, "metrics", "show", "--md")
+    assert '"loss"' in dvc(tiny, "plots", "show", "--show-vega", "results/tiny/runs/linear-emoji/history.csv")
+
+
+def test_a_variant_s_setting_reaches_only_its_row(tiny):
+    params = (tiny/"params.yaml").read_text()
+    try:
+        changed = yaml.safe_load(params)
+        changed["variants"]["linear"]["recipe_changes"]["lr"] = 0.5
+        (tiny/"params.yaml").write_text(yaml.safe_dump(changed))
+        assert set(json.loads(dvc(tiny, "status", "--json"))) == {"run@tiny-linear-emoji"}
+    finally: (tiny/"params.yaml").write_text(params)
+
+
+def test_a_module_reaches_only_the_stages_that_use_it(tiny):
+    def stale_after(module):
+        text = (tiny/module).read_text()
+        try:
+            (tiny/module).write_text(text + "\n# edited\n")
+            return {name.split("@")[1] for name in json.loads(dvc(tiny, "status", "--json"))}
+        finally: (tiny/module).write_text(text)
+    assert stale_after("hierprompt/methods/filters.py") == {"tiny-linear-emoji"}
+    assert stale_after("hierprompt/methods/lora.py") == set()
+    assert stale_after("hierprompt/pipeline.py") == set()
+    assert stale_after("hierprompt/tables.py") == {"tiny-baselines"}
+
+
+def test_another_profile_and_back_keeps_what_is_finished(tiny):
+    before = (tiny/"dvc.lock").read_text()
+    assert pipeline(tiny, "profile", "laptop", capture_output=True).returncode == 0
+    assert json.loads(dvc(tiny, "status", "--json"))
+    assert pipeline(tiny, "profile", "tiny", capture_output=True).returncode == 0
+    assert json.loads(dvc(tiny, "status", "--json")) == {}
+    assert (tiny/"dvc.lock").read_text() == before
+
+
+def test_a_failing_stage_is_named_and_later_levels_do_not_start(tiny, tmp_path):
+    broken = {**TINY, "variants": {"vpt_deep": {"grid": {}, "recipe_changes": {"batch_size": 1000}}}}
+    folder = with_profile(shutil.copytree(tiny, tmp_path/"copy", symlinks=True), "tiny", broken)
+    done = pipeline(folder, "repro", capture_output=True)
+    assert done.returncode == 1 and "run@tiny-vpt_deep-emoji  FAILED" in done.stdout and "table@" not in done.stdout
+    assert "make no batch of 1000" in done.stdout
+    assert [file.parent.name for file in (folder/"results/tiny/runs").glob("*/metrics.json")] == ["linear-emoji"]
+    assert (folder/"results/tiny/notebooks/vpt_deep-emoji.failed.ipynb").is_file()
+
+
+# Kills
+
+KILLS = {"training": lambda home: list((home/".cache/trials").rglob("*.json")) or list((home/"results/tiny/notebooks").glob(".vpt_deep-emoji*.tmp.ipynb")),
+         "saving": lambda home: (home/"results/tiny/runs/linear-emoji/history.csv").exists() or list((home/"results/tiny/runs/linear-emoji").glob(".*.tmp*")),
+         "table": lambda home: list((home/"results/tiny/notebooks").glob(".table-baselines*.tmp.ipynb"))}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
+def test_killed_during_training_saving_and_table_building(tiny, tmp_path, number):
+    "DVC's own command, with everything it started, ended at the worst moments; then it completes and equals the whole run."
+    folder = with_profile(make_clone(tmp_path/"hierprompt"), "tiny", TINY)
+    for name in ("data", "results/tiny/data", ".dvc/cache"): shutil.copytree(tiny/name, folder/name, dirs_exist_ok=True)
+    shutil.rmtree(folder/".dvc/cache/runs")
+    for moment, reached in KILLS.items():
+        process = subprocess.Popen([sys.executable, "-m", "dvc", "repro"], cwd=folder, env=environment(folder), start_new_session=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda: reached(folder) or process.poll() is not None)
+        assert process.poll() is None, f"ended before {moment}"
+        os.killpg(process.pid, number)
+        assert process.wait(30) != 0
+    done = pipeline(folder, "repro", capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results(folder, "tiny") == results(tiny, "tiny")
+    assert not leftovers(folder/"results", folder/"data")
+    assert json.loads(dvc(folder, "status", "--json")) == {}
+
+
+def test_repro_interrupted_with_two_jobs(tiny, tmp_path):
+    folder = with_profile(shutil.copytree(tiny, tmp_path/"copy", symlinks=True), "tiny", TINY)
+    process = subprocess.Popen([sys.executable, "-m", "hierprompt.pipeline", "repro", "--force"], cwd=folder, env=environment(folder),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: len(list((folder/"results/tiny/notebooks").glob(".*-emoji*.tmp.ipynb"))) == 2)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 130 and "repeat the command" in output
+    assert pipeline(folder, "repro", capture_output=True).returncode == 0
+    assert results(folder, "tiny") == results(tiny, "tiny")
+
+
+def test_a_cut_off_lock_file_is_mended(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path/"copy", symlinks=True)
+    lock = (folder/"dvc.lock").read_text()
+    (folder/"dvc.lock").write_text(lock[:lock.rindex("cmd:")])   # the last stage has lost its command
+    done = pipeline(folder, "repro", capture_output=True)
+    assert done.returncode == 0 and "dvc.lock was cut off" in done.stdout
+    assert results(folder, "tiny") == results(tiny, "tiny")
+
+
+# The papers' benchmarks, on trees in their layouts
+
+def test_paper_profile_on_fixture_trees(tmp_path):
+    from fixture_trees import make_fgvc_tree, make_vtab_tree
+    vtab, fgvc = make_vtab_tree(tmp_path/"vtab", ["cifar100", "kitti"]), make_fgvc_tree(tmp_path/"fgvc", ["cub200"])
+    short = {"epochs": 2, "warmup_epochs": 1, "batch_size": 8}
+    few = {task: {"config": {"num_tokens": n}} for task, n in [("cifar100", 2), ("kitti", 3), ("cub200", 1)]}
+    variants = {"vpt_deep": {"recipe_changes": short, "grid": {"lr": [0.1, 1.0]}, "tasks": few}, "lora": {"recipe_changes": short}}
+    values = {"base": "paper", "threads": 1, "backbone": {"name": "tiny_random", "image_size": 32}, "seeds": [42, 44],
+              "tasks": {"vtab": {"root": str(vtab), "strict": False}, "fgvc": {"root": str(fgvc), "strict": False}},
+              "variants": variants,
+              "tables": {"baselines": {"variants": list(variants), "tasks": ["cifar100", "kitti", "cub200"]}}}
+    folder = with_profile(make_clone(tmp_path/"hierprompt"), "fixture", values)
+    done = pipeline(folder, "repro", capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {cell: record for cell, (record, _) in results(folder, "fixture").items()}
+    assert len(found) == 6
+    assert all(record["seeds"] == [42, 44] and record["acc_std"] is not None for record in found.values())
+    assert found["vpt_deep-kitti"]["parameters"]["prompts"] == 3 * 4 * 64
+    assert "trained on train," in found["lora-cub200"]["protocol"] and "trained on trainval," in found["lora-kitti"]["protocol"]
+    table = (folder/"results/fixture/tables/baselines.md").read_text()
+    assert "VPT-Deep" in table and "not run" in table
+
+
+def test_paper_profile_without_folder_names_the_setting(tmp_path):
+    folder = make_clone(tmp_path/"hierprompt")
+    assert pipeline(folder, "profile", "paper", capture_output=True).returncode == 0
+    done = pipeline(folder, "repro", capture_output=True)
+    assert done.returncode == 1
+    assert "tasks.vtab.root" in done.stderr and "profiles/paper.yaml" in done.stderr

@@ -1,0 +1,121 @@
+"Files of the repository that must agree with each other."
+import ast
+import re
+import subprocess
+from configparser import ConfigParser
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from hierprompt.profiles import differences, load_profile, read_yaml, resolve
+
+ROOT = Path(__file__).parents[1]
+STAGES = read_yaml(ROOT/"dvc.yaml")["stages"]
+
+
+def settings():
+    parser = ConfigParser(delimiters=["="], interpolation=None)
+    parser.read(ROOT/"settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def requirements():
+    return [Requirement(text) for key in ("requirements", "dev_requirements") for text in settings()[key].split()]
+
+
+def pins():
+    lines = [line for line in (ROOT/"constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    return {re.sub("[-_.]+", "-", name).lower(): version for name, version in (line.split("==") for line in lines)}
+
+
+def test_environment_is_python_pip_and_this_package():
+    environment = read_yaml(ROOT/"environment.yml")
+    assert environment["name"] == settings()["lib_name"]
+    assert environment["dependencies"] == [f"python={settings()['min_python']}", "pip", {"pip": ["-e .[dev]"]}]
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=lambda r: r.name)
+def test_every_requirement_is_pinned_inside_its_bounds(requirement):
+    pinned = pins()
+    name = re.sub("[-_.]+", "-", requirement.name).lower()
+    assert name in pinned, f"constraints.txt does not pin {name}"
+    assert requirement.specifier.contains(pinned[name])
+
+
+def test_pins_are_ordinary_builds():
+    assert not [version for version in pins().values() if "+" in version]
+
+
+def test_params_are_the_laptop_profile():
+    wrong = differences(resolve(load_profile("laptop", ROOT/"profiles")), read_yaml(ROOT/"params.yaml"))
+    assert not wrong, f"run `python -m hierprompt.pipeline profile laptop`; params.yaml differs in {wrong}"
+
+
+@pytest.mark.parametrize("name", ["smoke", "laptop", "reference", "paper"])
+def test_profiles_resolve(name):
+    params = resolve(load_profile(name, ROOT/"profiles"))
+    assert params["profile"] == name
+    assert yaml.safe_load(yaml.safe_dump(params)) == params
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT/"nbs"/"runs").glob("*.ipynb")) + sorted((ROOT/"nbs"/"tables").glob("*.ipynb")), ids=lambda p: p.name)
+def test_run_notebooks_have_one_parameters_cell(notebook):
+    cells = nbformat.read(notebook, 4).cells
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in cells) == 1
+
+
+def imported(source):
+    "Modules of this package that a source imports, as dotted names."
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hierprompt."): yield node.module
+
+
+def module_file(name): return "/".join(name.split(".")) + ".py"
+
+
+def relative(path):
+    "The text of a module with its relative imports made absolute."
+    depth = len(path.relative_to(ROOT).parts) - 1
+    text = path.read_text()
+    for dots in range(depth, 0, -1):
+        package = ".".join(path.relative_to(ROOT).parts[:depth - dots + 1])
+        text = re.sub(rf"^(\s*from ){re.escape('.' * dots)}(?=\w)", rf"\1{package}.", text, flags=re.MULTILINE)
+    return text
+
+
+def needed(notebook):
+    "All modules behind a notebook's imports, those of its imports included."
+    source = "\n".join(c.source for c in nbformat.read(ROOT/notebook, 4).cells if c.cell_type == "code")
+    found, waiting = set(), list(imported(source.replace("%", "#%")))
+    while waiting:
+        name = waiting.pop()
+        if name in found or not (ROOT/module_file(name)).is_file(): continue
+        found.add(name)
+        waiting += imported(relative(ROOT/module_file(name)))
+    return {module_file(name) for name in found}
+
+
+@pytest.mark.parametrize("stage, notebook", [("backbone", "nbs/runs/backbone.ipynb"), ("data", "nbs/runs/data.ipynb"), ("run", "nbs/runs/run.ipynb"),
+                                             ("table", "nbs/tables/baselines.ipynb")])
+def test_stages_depend_on_exactly_the_modules_they_import(stage, notebook):
+    named = {dep for dep in STAGES[stage]["do"]["deps"] if dep.endswith(".py") and "${" not in dep}
+    assert named == needed(notebook) - (WRITERS if stage == "run" else set())
+
+
+WRITERS = {"hierprompt/results.py"}   # it only writes what a run has found: its changes make no run stale
+
+
+@pytest.mark.parametrize("method", sorted((ROOT/"hierprompt"/"methods").glob("[a-z]*.py")), ids=lambda p: p.stem)
+def test_a_method_needs_nothing_that_its_runs_do_not_depend_on(method):
+    own = set(imported(relative(method)))
+    assert {module_file(name) for name in own} <= set(STAGES["run"]["do"]["deps"])
+
+
+def test_git_holds_no_large_file():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    sizes = {name: (ROOT/name).stat().st_size for name in filter(None, listed) if (ROOT/name).is_file()}
+    assert sum(sizes.values()) < 60e6
+    assert not [name for name, size in sizes.items() if name.endswith(".ipynb") and size > 250e3]
