@@ -4,20 +4,22 @@ SHELL   := /bin/bash
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 PROFILE ?= laptop
 JOBS    ?= 2
+SHOWN   ?= koeppen
 VENV    := $(CURDIR)/.venv
 STAMP   := $(VENV)/.installed
 export PATH := $(VENV)/bin:$(PATH)
 TEST_ENV := PYTHONWARNINGS="ignore:IProgress not found" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path 'nbs/runs/*' -not -path 'nbs/tables/*' -not -path 'nbs/packs/*' | sort)
-README   = jupyter nbconvert --log-level=WARN --to markdown --RegexRemovePreprocessor.patterns='^\#\| *hide' nbs/index.ipynb --output README --output-dir
+README   = jupyter nbconvert --log-level=WARN --to markdown --RegexRemovePreprocessor.patterns='^\#\| *hide' --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove_input nbs/index.ipynb --output README --output-dir
 
-.PHONY: help setup test repro profile notebooks export-check notebook-tests smoke pytest readme readme-check
+.PHONY: help setup test repro profile notebooks export-check notebook-tests smoke pytest showcase readme readme-check
 
 help:
 	@echo "make test                       everything that must hold before a commit"
 	@echo "make repro                      rebuild all results of the laptop profile, compare them with the committed ones"
 	@echo "make profile PROFILE=reference  change the active profile; then: python -m hierprompt.pipeline repro"
 	@echo "make notebooks                  execute the documentation notebooks in place"
+	@echo "make showcase                   copy one executed run per method to results/PROFILE/showcase"
 	@echo "make readme                     README.md from nbs/index.ipynb"
 
 setup: $(STAMP)
@@ -49,6 +51,13 @@ export-check: setup
 	  before=$$(mktemp) && listing > $$before && nbdev_export && nbdev_clean && \
 	  if listing | diff $$before - | sed -n 's/^[<>] [0-9a-f]*  /changed: /p' | sort -u | grep .; then \
 	    echo "run nbdev_export and nbdev_clean, then commit the files above"; exit 1; fi; rm -f $$before
+
+# One executed run per method, for readers: the runs of one task, without the marks of papermill.
+showcase: setup
+	@mkdir -p results/$(PROFILE)/showcase
+	@for run in results/$(PROFILE)/notebooks/*-$(SHOWN).ipynb; do case $$run in */data-*) ;; *) \
+	  cp $$run results/$(PROFILE)/showcase/$$(basename $$run -$(SHOWN).ipynb).ipynb ;; esac; done
+	nbdev_clean --fname results/$(PROFILE)/showcase
 
 readme:
 	$(README) .

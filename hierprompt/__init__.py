@@ -10,7 +10,7 @@ _PUBLIC = {
     "tuned": ("TunedModel", "list_methods", "load_tuned", "tune"),
     "backbones": ("load_backbone",),
     "accounting": ("count_macs", "count_parameters"),
-    "recipes": ("RECIPES", "Recipe"),
+    "recipes": ("RECIPES", "Recipe", "recipe"),
     "training": ("evaluate", "fit"),
     "data.tasks": ("Split", "Task", "list_tasks", "load_task"),
 }

@@ -255,36 +255,43 @@ KILLS = {"training": lambda home: list((home/".cache/trials").rglob("*.json")) o
          "table": lambda home: list((home/"results/tiny/notebooks").glob(".table-baselines*.tmp.ipynb"))}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
-def test_killed_during_training_saving_and_table_building(tiny, tmp_path, number):
-    "DVC's own command, with everything it started, ended at the worst moments; then it completes and equals the whole run."
-    folder = with_profile(make_clone(tmp_path/"hierprompt"), "tiny", TINY)
-    for name in ("data", "results/tiny/data", ".dvc/cache"): shutil.copytree(tiny/name, folder/name, dirs_exist_ok=True)
-    shutil.rmtree(folder/".dvc/cache/runs")
+@pytest.fixture
+def prepared(tiny, tmp_path):
+    "A copy with backbone and data, but without runs, tables and what DVC remembers of them."
+    folder = shutil.copytree(tiny, tmp_path/"hierprompt", symlinks=True)
+    for name in ("results/tiny/runs", "results/tiny/tables", "results/tiny/figures", "results/tiny/notebooks", ".dvc/cache/runs"): shutil.rmtree(folder/name)
+    lock = yaml.safe_load((folder/"dvc.lock").read_text())
+    lock["stages"] = {name: stage for name, stage in lock["stages"].items() if name.startswith(("backbone@", "data@"))}
+    (folder/"dvc.lock").write_text(yaml.safe_dump(lock))
+    return folder
+
+
+def test_dvc_repro_killed_during_training_saving_and_table_building(tiny, prepared):
+    "DVC's own command, with everything it started, killed at the worst moments; then it completes and equals the whole run."
     for moment, reached in KILLS.items():
-        process = subprocess.Popen([sys.executable, "-m", "dvc", "repro"], cwd=folder, env=environment(folder), start_new_session=True,
+        process = subprocess.Popen([sys.executable, "-m", "dvc", "repro"], cwd=prepared, env=environment(prepared), start_new_session=True,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(lambda: reached(folder) or process.poll() is not None)
+        wait_for(lambda: reached(prepared) or process.poll() is not None)
         assert process.poll() is None, f"ended before {moment}"
-        os.killpg(process.pid, number)
-        assert process.wait(30) != 0
-    done = pipeline(folder, "repro", capture_output=True)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+    done = pipeline(prepared, "repro", capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert results(folder, "tiny") == results(tiny, "tiny")
-    assert not leftovers(folder/"results", folder/"data")
-    assert json.loads(dvc(folder, "status", "--json")) == {}
+    assert results(prepared, "tiny") == results(tiny, "tiny")
+    assert not leftovers(prepared/"results", prepared/"data")
+    assert json.loads(dvc(prepared, "status", "--json")) == {}
 
 
-def test_repro_interrupted_with_two_jobs(tiny, tmp_path):
-    folder = with_profile(shutil.copytree(tiny, tmp_path/"copy", symlinks=True), "tiny", TINY)
-    process = subprocess.Popen([sys.executable, "-m", "hierprompt.pipeline", "repro", "--force"], cwd=folder, env=environment(folder),
+def test_repro_interrupted_with_two_jobs(tiny, prepared):
+    process = subprocess.Popen([sys.executable, "-m", "hierprompt.pipeline", "repro", "--jobs", "2"], cwd=prepared, env=environment(prepared),
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(lambda: len(list((folder/"results/tiny/notebooks").glob(".*-emoji*.tmp.ipynb"))) == 2)
+    wait_for(lambda: len(list((prepared/"results/tiny/notebooks").glob(".[lv]*-emoji*.tmp.ipynb"))) == 2)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=30)[0]
     assert process.returncode == 130 and "repeat the command" in output
-    assert pipeline(folder, "repro", capture_output=True).returncode == 0
-    assert results(folder, "tiny") == results(tiny, "tiny")
+    assert not list((prepared/"results/tiny/runs").glob("*/metrics.json"))
+    assert pipeline(prepared, "repro", capture_output=True).returncode == 0
+    assert results(prepared, "tiny") == results(tiny, "tiny")
 
 
 def test_a_cut_off_lock_file_is_mended(tiny, tmp_path):
@@ -303,7 +310,7 @@ def test_paper_profile_on_fixture_trees(tmp_path):
     vtab, fgvc = make_vtab_tree(tmp_path/"vtab", ["cifar100", "kitti"]), make_fgvc_tree(tmp_path/"fgvc", ["cub200"])
     short = {"epochs": 2, "warmup_epochs": 1, "batch_size": 8}
     few = {task: {"config": {"num_tokens": n}} for task, n in [("cifar100", 2), ("kitti", 3), ("cub200", 1)]}
-    variants = {"vpt_deep": {"recipe_changes": short, "grid": {"lr": [0.1, 1.0]}, "tasks": few}, "lora": {"recipe_changes": short}}
+    variants = {"vpt_deep": {"recipe_changes": short, "grid": {"lr": [0.1, 1.0]}, "tasks": few}}
     values = {"base": "paper", "threads": 1, "backbone": {"name": "tiny_random", "image_size": 32}, "seeds": [42, 44],
               "tasks": {"vtab": {"root": str(vtab), "strict": False}, "fgvc": {"root": str(fgvc), "strict": False}},
               "variants": variants,
@@ -312,10 +319,10 @@ def test_paper_profile_on_fixture_trees(tmp_path):
     done = pipeline(folder, "repro", capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {cell: record for cell, (record, _) in results(folder, "fixture").items()}
-    assert len(found) == 6
+    assert len(found) == 3
     assert all(record["seeds"] == [42, 44] and record["acc_std"] is not None for record in found.values())
     assert found["vpt_deep-kitti"]["parameters"]["prompts"] == 3 * 4 * 64
-    assert "trained on train," in found["lora-cub200"]["protocol"] and "trained on trainval," in found["lora-kitti"]["protocol"]
+    assert "trained on train," in found["vpt_deep-cub200"]["protocol"] and "trained on trainval," in found["vpt_deep-kitti"]["protocol"]
     table = (folder/"results/fixture/tables/baselines.md").read_text()
     assert "VPT-Deep" in table and "not run" in table
 

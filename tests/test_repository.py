@@ -86,10 +86,9 @@ def relative(path):
     return text
 
 
-def needed(notebook):
-    "All modules behind a notebook's imports, those of its imports included."
-    source = "\n".join(c.source for c in nbformat.read(ROOT/notebook, 4).cells if c.cell_type == "code")
-    found, waiting = set(), list(imported(source.replace("%", "#%")))
+def behind(modules):
+    "Files of these modules and of everything they import."
+    found, waiting = set(), list(modules)
     while waiting:
         name = waiting.pop()
         if name in found or not (ROOT/module_file(name)).is_file(): continue
@@ -98,14 +97,35 @@ def needed(notebook):
     return {module_file(name) for name in found}
 
 
-@pytest.mark.parametrize("stage, notebook", [("backbone", "nbs/runs/backbone.ipynb"), ("data", "nbs/runs/data.ipynb"), ("run", "nbs/runs/run.ipynb"),
-                                             ("table", "nbs/tables/baselines.ipynb")])
-def test_stages_depend_on_exactly_the_modules_they_import(stage, notebook):
-    named = {dep for dep in STAGES[stage]["do"]["deps"] if dep.endswith(".py") and "${" not in dep}
-    assert named == needed(notebook) - (WRITERS if stage == "run" else set())
+def needed(notebook):
+    "All modules behind a notebook's imports."
+    return behind(imported("\n".join(c.source for c in nbformat.read(ROOT/notebook, 4).cells if c.cell_type == "code")))
+
+
+def modules_of(stage):
+    "The modules that every stage of a level depends on."
+    return {dep for dep in STAGES[stage]["do"]["deps"] if dep.endswith(".py") and "${" not in dep}
 
 
 WRITERS = {"hierprompt/results.py"}   # it only writes what a run has found: its changes make no run stale
+
+
+@pytest.mark.parametrize("stage, notebook, unwanted", [
+    ("backbone", "nbs/runs/backbone.ipynb", set()), ("run", "nbs/runs/run.ipynb", WRITERS), ("table", "nbs/tables/baselines.ipynb", set())])
+def test_stages_depend_on_exactly_the_modules_they_import(stage, notebook, unwanted):
+    assert modules_of(stage) == needed(notebook) - unwanted
+
+
+def test_data_stages_depend_on_all_that_loads_their_task_and_on_no_other_renderer():
+    tasks = [t for name in ("reference", "paper") for t in resolve(load_profile(name, ROOT/"profiles"))["tasks"].values()]
+    renderers = {t["source"] for t in tasks if t["benchmark"] == "embedded" and t["source"].endswith(".py")}
+    common = modules_of("data")
+    assert needed("nbs/runs/data.ipynb") <= common and not common & renderers
+    for task in tasks:
+        own = {f"hierprompt/data/{task['benchmark']}.py", task["source"]}
+        used = behind([f"hierprompt.data.{task['benchmark']}"]) - renderers
+        assert used <= common | own, task["task"]
+        assert all((ROOT/file).is_file() for file in own)
 
 
 @pytest.mark.parametrize("method", sorted((ROOT/"hierprompt"/"methods").glob("[a-z]*.py")), ids=lambda p: p.stem)
