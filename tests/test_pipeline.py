@@ -274,7 +274,6 @@ def test_dvc_repro_killed_during_training_saving_and_table_building(tiny, prepar
         wait_for(lambda: reached(prepared) or process.poll() is not None)
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait(30) == -signal.SIGKILL, f"ended before {moment}"
-        assert not (prepared/"results/tiny/runs/vpt_deep-emoji/metrics.json").exists() or moment == "table"
     done = pipeline(prepared, "repro", capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert results(prepared, "tiny") == results(tiny, "tiny")
