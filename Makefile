@@ -47,8 +47,8 @@ notebooks: setup
 # Exporting and cleaning must change nothing, files that git does not know yet included.
 export-check: setup
 	@echo "== notebooks are exported and clean"
-	@listing() { git ls-files -co --exclude-standard -z | sort -z -u | xargs -0 -r sha256sum 2>/dev/null; }; \
-	  before=$$(mktemp) && listing > $$before && nbdev_export && nbdev_clean && \
+	@listing() { git ls-files -co --exclude-standard -z | sort -z -u | xargs -0 -r sha256sum 2>/dev/null || true; }; \
+	  before=$$(mktemp); listing > $$before; nbdev_export && nbdev_clean || exit 1; \
 	  if listing | diff $$before - | sed -n 's/^[<>] [0-9a-f]*  /changed: /p' | sort -u | grep .; then \
 	    echo "run nbdev_export and nbdev_clean, then commit the files above"; exit 1; fi; rm -f $$before
 
