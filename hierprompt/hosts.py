@@ -79,6 +79,7 @@ class TimmViT(nn.Module):
     dim = property(lambda self: self.vit.embed_dim, doc="Width of the tokens, D.")
     depth = property(lambda self: len(self.blocks), doc="Number of blocks, L.")
     num_prefix_tokens = property(lambda self: self.vit.num_prefix_tokens, doc="Class token and registers.")
+    has_class_token = property(lambda self: self.vit.has_class_token, doc="Whether the first token stands for the image.")
     patch_size = property(lambda self: self.vit.patch_embed.patch_size, doc="(height, width) of a patch in pixels.")
     default_cfg = property(lambda self: self.vit.pretrained_cfg, doc="timm's facts about the weights: mean, std, tag.")
 

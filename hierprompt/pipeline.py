@@ -27,7 +27,7 @@ from pathlib import Path
 import yaml
 
 from .core import atomic_path, lookup
-from .profiles import differences, load_profile, read_yaml, resolve, write_params
+from .profiles import differences, load_profile, read_yaml, resolve, table_cells, write_params
 
 # %% ../nbs/08_pipeline.ipynb #148d0d51
 LEVELS = ("backbone", "data", "run", "table")  # stages of one level do not depend on each other
@@ -174,7 +174,7 @@ def selected(params: dict, tables: list[str] | None) -> dict[str, list[str]]:
     "The stages of some tables (`None`: of all), by level."
     profile, names = params["profile"], {t["table"]: t for t in params["tables"].values()}
     wanted = [lookup(names, name, f"table of profile {profile}") for name in (names if tables is None else tables)]
-    cells = {f"run@{profile}-{v}-{t}" for w in wanted for v in w["variants"] for t in w["tasks"]}
+    cells = {f"run@{profile}-{v}-{t}" for w in wanted for v, t in table_cells(w)}
     keep = cells | {f"data@{profile}-{t}" for w in wanted for t in w["tasks"]} | {f"table@{profile}-{w['table']}" for w in wanted}
     return {level: [s for s in names if level == "backbone" or s in keep] for level, names in stages(params).items()}
 
@@ -319,6 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", required=True, help="the executed notebook")
     one.add_argument("--threads", type=int)
     one.add_argument("--offline", action="store_true", help="do not ask the model hub")
+    one.add_argument("--folder", action="append", default=[], help="make this folder first, so that it exists even if nothing is written into it")
     one.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE")
     return parser
 
@@ -349,6 +350,7 @@ def _run_notebook(args: argparse.Namespace) -> int:
     "`run`: the end of a failing cell's traceback goes to the error stream."
     from papermill import PapermillExecutionError
     stop_with_parent()
+    for folder in args.folder: Path(folder).mkdir(parents=True, exist_ok=True)
     try: run_notebook(args.notebook, args.out, parse_parameters(args.parameters), args.threads, args.offline)
     except PapermillExecutionError as error:
         return _say_error("\n".join([*error.traceback[-3:], f"{args.notebook} failed in cell {error.exec_count}: {error.ename}: {error.evalue}"]))

@@ -55,6 +55,7 @@ class Metrics:
     data: dict                 # origin, licence, counts
     backbone: dict             # name and sha256
     config_hash: str           # `core.digest` of what the cell was asked to do
+    diagnostics: dict = field(default_factory=dict)  # what the method tells about itself (`model.diagnostics`), of the last seed
     versions: dict[str, str] = field(default_factory=versions)
 
     def __post_init__(self):

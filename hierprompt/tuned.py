@@ -33,6 +33,7 @@ METHODS = {
     "vpt_deep": "vpt.VPTDeep",
     "adapter": "adapter.Adapter",
     "lora": "lora.LoRA",
+    "ship": "ship.SHIP",
 }
 
 def list_methods() -> list[str]:
@@ -65,7 +66,7 @@ class TunedModel(nn.Module):
         self.head = make_head(host.dim, num_classes, head_init, generator)
         for name, value in zip(("mean", "std"), _statistics(host, normalize)):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1) * 255, persistent=False)
-        for p in self.trainable().values(): p.requires_grad_(True)
+        for p in self.tuner.trainable(host).values(): p.requires_grad_(True)
         self.to(next(host.parameters()).device)
         self.eval()
 
@@ -85,11 +86,16 @@ class TunedModel(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         "(B, D): what the classifier sees."
-        return self.engine(self._normalise(images), Context(training=self.training))
+        return self._features(images, Context(training=self.training))
+
+    def _features(self, images: Tensor, ctx: Context) -> Tensor:
+        self._check_prepared()
+        return self.engine(self.normalise(images), ctx)
 
     def tokens(self, images: Tensor) -> Tensor:
         "(B, n, D): all output tokens after the final norm, class token first."
-        z, _ = self.engine.tokens(self._normalise(images), Context(training=self.training, all_tokens=True))
+        self._check_prepared()
+        z, _ = self.engine.tokens(self.normalise(images), Context(training=self.training, all_tokens=True))
         return self.host.norm(z)
 
     def forward(self, images: Tensor  # (B, 3, H, W): `uint8`, normalised here, or float that is normalised already
@@ -97,28 +103,47 @@ class TunedModel(nn.Module):
         "Class scores; an image size the backbone was not built for raises `ValueError`."
         return self.head(self.features(images))
 
-    def loss(self, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        "Cross-entropy plus the method's own losses, a scalar."
+    def losses(self, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        "Cross-entropy, and the sum of the method's own weighted losses; two scalars."
         ctx = Context(labels=labels, training=self.training)
-        logits = self.head(self.engine(self._normalise(images), ctx))
-        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing) + self.tuner.aux_loss(ctx)
+        entropy = F.cross_entropy(self.head(self._features(images, ctx)), labels, label_smoothing=label_smoothing)
+        own = self.tuner.aux_loss(ctx)
+        return entropy, own if isinstance(own, Tensor) else entropy.new_full((), own)
+
+    def loss(self, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        "What training minimises: the sum of `losses`."
+        return sum(self.losses(images, labels, label_smoothing))
 
     def prepare(self, images: Tensor, labels: Tensor) -> None:
         "Lets the method look at training images (N, 3, H, W) and labels (N,) before training."
         self.tuner.prepare(self, images, labels)
+
+    def _check_prepared(self) -> None:
+        if not self.tuner.prepared:
+            raise RuntimeError(f"{self.method} has to look at training images first: call model.prepare(images, labels); `fit` does it")
+
+    def diagnostics(self, images: Tensor) -> dict:
+        "How the trained method works on some images, in numbers by name; plain data, empty where a method has nothing to say."
+        self._check_prepared()
+        was_training = self.training
+        self.eval()
+        with torch.no_grad(): found = self.tuner.diagnostics(self, self.normalise(images))
+        self.train(was_training)
+        return found
 
     def after_step(self, step: int) -> None: self.tuner.after_step(step)
     def after_epoch(self, epoch: int) -> None: self.tuner.after_epoch(epoch)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         "Every tensor that trains: the tuner's (`tuner.`) and the classifier's (`head.`)."
+        self._check_prepared()
         return ({f"tuner.{n}": p for n, p in self.tuner.trainable(self.host).items()}
                 | {f"head.{n}": p for n, p in self.head.named_parameters()})
 
     @property
     def features_are_constant(self) -> bool:
         "True when nothing before the classifier trains: then features need computing only once."
-        return not self.tuner.trainable(self.host) and self.drop_path == 0
+        return self.tuner.prepared and not self.tuner.trainable(self.host) and self.drop_path == 0
 
     def param_groups(self, lr: float, weight_decay: float, head_lr: float | None = None,
                      head_weight_decay: float | None = None, vectors: bool = False) -> list[dict]:
@@ -132,7 +157,8 @@ class TunedModel(nn.Module):
             groups.setdefault(group["name"], group)["params"].append(p)
         return list(groups.values())
 
-    def _normalise(self, images: Tensor) -> Tensor:
+    def normalise(self, images: Tensor) -> Tensor:
+        "Bytes (B, 3, H, W) as the backbone wants them; floats count as normalised."
         if images.ndim != 4 or images.shape[1] != 3: raise ValueError(f"images of shape {tuple(images.shape)} are not (B, 3, H, W)")
         return (images - self.mean) / self.std if images.dtype == torch.uint8 else images
 
@@ -221,6 +247,7 @@ def load_tuned(folder: str | Path,  # written by `save_pretrained`
     try: tensors = load_file(folder/"tuned.safetensors")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder/'tuned.safetensors'} is missing or damaged ({error}); save the model again") from error
+    model.tuner.restore({name.removeprefix("tuner."): tensor for name, tensor in tensors.items() if name.startswith("tuner.")})
     wanted = {**model.trainable(), **_buffers(model)}
     if wanted.keys() != tensors.keys(): raise ValueError(f"{folder} does not fit: it differs in {sorted(wanted.keys() ^ tensors.keys())[:5]}")
     with torch.no_grad():

@@ -22,9 +22,10 @@ def main() -> int:
             if timed(" ".join(arguments), lambda: pipeline(folder, *arguments)).returncode: return 1
         idle = timed("dvc repro with nothing to do", lambda: dvc(folder, "repro"))
         if "up to date" not in idle or "Running stage" in idle: sys.exit(f"a second dvc repro had something to do:\n{idle}")
-        tables = sorted((folder/"results"/"smoke"/"tables").glob("*.md"))
-        if not tables: sys.exit("no table was written")
-        print(tables[0].read_text()[:2000])
+        for table in sorted((folder/"nbs"/"tables").glob("*.ipynb")):
+            pages = sorted((folder/"results"/"smoke"/"tables"/table.stem).glob("*.md"))
+            if not pages: sys.exit(f"{table.name} wrote no table")
+            print(pages[0].read_text()[:2000])
         print(timed("dvc metrics show", lambda: dvc(folder, "metrics", "show", "--md"))[:500])
     return 0
 

@@ -46,6 +46,11 @@ def test_times_and_versions_do_not_count():
     assert judge(replace(OLD, seconds=9.0, images_per_second=1.0, peak_memory_mb=5.0, versions={}), OLD)["bitwise"]
 
 
+def test_diagnostics_are_sums_of_floating_point_numbers_and_do_not_count():
+    assert "diagnostics" not in EXACT
+    assert judge(replace(OLD, diagnostics={"attribute_cosine": 0.5}), replace(OLD, diagnostics={"attribute_cosine": 0.6}))["bitwise"]
+
+
 def test_everything_reproduced(repository, capsys):
     result = compare(repository / "results", "HEAD", "example")
     assert result.ok and result.reproduced == 3 and result.cells.bitwise.all()

@@ -14,12 +14,26 @@ METHODS = list_methods()
 CASES = [(m, p) for m in METHODS for p in tuner_class(m).presets]
 LABELS = torch.arange(6) % 3
 AT_IDENTITY = {"linear", "full", "bias", "lora"}
+WITH_BUFFERS = {"ship"}
+# settings that six images of 5 or 17 tokens allow, for methods whose defaults want more
+TEST_SETTINGS = {"ship": dict(num_tokens=4, num_shared=2, num_attributes=3, num_prototypes=5, num_matching=4, threshold=1.0)}
 
 
 def other_vit():
     torch.manual_seed(3)
     return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=16, depth=2, embed_dim=48, num_heads=2, num_classes=0,
                              init_values=0.1, global_pool="avg").eval()
+
+
+def ready(model, images, labels=LABELS):
+    "The model, after it has seen the training images that it asks for."
+    if not model.tuner.prepared: model.prepare(images, labels)
+    return model
+
+
+def tuned(vit, method, images, **settings):
+    "`tune` for three classes, ready for use."
+    return ready(tune(vit, method, 3, **TEST_SETTINGS.get(method, {}), **settings), images)
 
 
 def steps(model, images, n=3, lr=0.05):
@@ -40,7 +54,7 @@ def steps(model, images, n=3, lr=0.05):
 def test_only_declared_tensors_train(method, preset, backbone, vit, images):
     vit = vit if backbone == "tiny" else other_vit()
     frozen = {n: p.detach().clone() for n, p in vit.state_dict().items()}
-    model = tune(vit, method, 3, preset=preset)
+    model = tuned(vit, method, images, preset=preset)
     declared = {id(p) for p in model.trainable().values()}
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     steps(model, images)
@@ -55,19 +69,21 @@ def test_only_declared_tensors_train(method, preset, backbone, vit, images):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_falls(method, vit, images):
-    losses = steps(tune(vit, method, 3), images, n=20, lr=0.005)
+    losses = steps(tuned(vit, method, images), images, n=20, lr=0.005)
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("method,preset", CASES)
 def test_save_and_load(method, preset, vit, images, tmp_path):
-    model = tune(vit, method, 3, preset=preset, seed=5)
+    model = tuned(vit, method, images, preset=preset, seed=5)
     steps(model, images)
     model.eval()
     logits = model(images)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "tuned.safetensors")
-    assert sum(t.numel() for t in tensors.values()) == count_parameters(model)["with_head"]   # nothing of a frozen backbone
+    learnt = sum(b.numel() for b in model.tuner.buffers())                                   # prototypes and the like
+    assert sum(t.numel() for t in tensors.values()) == count_parameters(model)["with_head"] + learnt   # nothing of a frozen backbone
+    assert (learnt > 0) == (method in WITH_BUFFERS)
     assert {p.name for p in tmp_path.iterdir()} == {"tuned.safetensors", "config.json"}
     assert json.loads((tmp_path / "config.json").read_text())["method"] == method
     assert torch.equal(load_tuned(tmp_path, vit)(images), logits)
@@ -87,7 +103,7 @@ def test_load_refuses_what_does_not_fit(vit, images, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_identity_at_initialisation(method, vit, images):
-    same = torch.equal(tune(vit, method, 3).features(images), tune(vit, "linear", 3).features(images))
+    same = torch.equal(tuned(vit, method, images).features(images), tune(vit, "linear", 3).features(images))
     assert same == (method in AT_IDENTITY)
 
 
@@ -101,7 +117,7 @@ def test_vpt_adapter_starts_at_identity_and_only_its_last_bias_moves(vit, images
 
 @pytest.mark.parametrize("method,preset", CASES)
 def test_batch_order_and_size_do_not_matter(method, preset, vit, images):
-    model = tune(vit, method, 3, preset=preset)
+    model = tuned(vit, method, images, preset=preset)
     with torch.no_grad():
         together, flipped = model(images), model(images.flip(0)).flip(0)
         alone = torch.cat([model(image[None]) for image in images])
@@ -109,18 +125,18 @@ def test_batch_order_and_size_do_not_matter(method, preset, vit, images):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_same_seed_same_model(method, vit):
-    a, b, c = (tune(vit, method, 3, seed=s).trainable() for s in (0, 0, 1))
+def test_same_seed_same_model(method, vit, images):
+    a, b, c = (tuned(vit, method, images, seed=s).trainable() for s in (0, 0, 1))
     assert all(torch.equal(a[n], b[n]) for n in a)
     assert not torch.equal(a["head.weight"], c["head.weight"])
 
 
-def test_tune_leaves_the_global_generator_alone(vit):
+def test_tune_leaves_the_global_generator_alone(vit, images):
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
     for method in METHODS:
         state = torch.random.get_rng_state()
-        tune(vit, method, 3)
+        tuned(vit, method, images)
         assert torch.equal(state, torch.random.get_rng_state()), method
     assert torch.equal(before, torch.random.get_rng_state())
 
@@ -191,8 +207,8 @@ def test_prompt_dropout_draws_per_image(vit, images):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_macs_are_counted_on_shapes(method, vit):
-    model = tune(vit, method, 3)
+def test_macs_are_counted_on_shapes(method, vit, images):
+    model = tuned(vit, method, images)
     before = {n: p.detach().clone() for n, p in model.state_dict().items()}
     assert count_macs(model, 32) > 0
     assert model.device.type == "cpu" and all(torch.equal(p, before[n]) for n, p in model.state_dict().items())

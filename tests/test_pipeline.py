@@ -1,4 +1,5 @@
 "Profiles, run notebooks and stages: bad input, faults, kills. The slow tests work in copies of the project with a tiny profile."
+import io
 import json
 import os
 import shutil
@@ -9,17 +10,20 @@ import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from clone import ROOT, dvc, environment, make_clone, pipeline
 from nbformat.v4 import new_code_cell, new_notebook
 
+from hierprompt.cells import cell_candidates, cell_settings
 from hierprompt.core import read_json
 from hierprompt.pipeline import LEVELS, leftovers, main, selected, stages
 from hierprompt.profiles import load_profile, resolve
+from hierprompt.results import load_published
 
 TINY = {"base": "smoke", "data": {"train": 32, "val": 16, "test": 32}, "recipe": {"epochs": 2},
-        "tables": {"baselines": {"variants": ["linear", "vpt_deep"]}}}
+        "tables": {"baselines": {"variants": ["linear", "vpt_deep"]}, "ship": {"blocks": {"table_1": {"variants": ["ship", "vpt_deep"]}}}}}
 
 
 def with_profile(folder, name, values):
@@ -137,7 +141,29 @@ def running(pid):
     ({"tables": {"baselines": {"tasks": ["emojis"]}}}, "unknown task 'emojis'"),
     ({"tasks": {"emoji": {"trian": 3}}}, "unknown key 'trian'"),
     ({"tasks": {"emojis": {"train": 3}}}, "unknown task or benchmark 'emojis'"),
-    ({"base": "labtop"}, "Did you mean 'laptop'?")])
+    ({"base": "labtop"}, "Did you mean 'laptop'?"),
+    ({"variants": {"vpt_deep": {"grid": {"config.num_token": [1, 2]}}}}, "unknown key 'num_token' = 1 in configuration of 'vpt_deep'. Did you mean 'num_tokens'?"),
+    ({"variants": {"vpt_deep": {"grid": {"config.num_tokens": [1, "two"]}}}}, "num_tokens = 'two' is not of type int"),
+    ({"variants": {"ship": {"grid": {"config.threshold": [0.9, 1.5]}}}}, "threshold = 1.5 is not in (0, 1]"),
+    ({"variants": {"vpt_deep": {"grid": {"config.": [1, 2]}}}}, "unknown key ''"),
+    ({"variants": {"vpt_deep": {"grid": {"config.num_tokens": 5}}}}, "list"),
+    ({"variants": {"vpt_deep": {"tasks": {"emoji": {"grid": {"config.prompts": [1]}}}}}}, "unknown key 'prompts'"),
+    ({"variants": {"linear": {"seeds": []}}}, "variant linear: seeds = []: give at least one seed"),
+    ({"variants": {"linear": {"seeds": [1, 1]}}}, "none twice"),
+    ({"variants": {"linear": {"seeds": 1}}}, "is not a list"),
+    ({"seeds": [2, 2]}, "seeds = [2, 2]"),
+    ({"variants": {"sip": {"base": "shipp"}}}, "unknown base of variant sip 'shipp'. Did you mean 'ship'?"),
+    ({"variants": {"ship": {"base": "sip"}}}, "variants stand on each other in a circle: ship -> sip -> ship"),
+    ({"variants": {"mine": 3}}, "variants.mine"),
+    ({"tables": {"mine": {}}}, "table mine has nothing: give it either variants and tasks, or blocks"),
+    ({"tables": {"mine": {"variants": ["linear"]}}}, "table mine has variants: give it"),
+    ({"tables": {"mine": {"variants": ["linear"], "tasks": []}}}, "table mine has no cells"),
+    ({"tables": {"ship": {"variants": ["linear"], "tasks": ["emoji"]}}}, "table ship has variants, tasks, blocks:"),
+    ({"tables": {"mine": {"blocks": {}}}}, "table mine has no cells"),
+    ({"tables": {"mine": {"blocks": {"a": None}}}}, "table mine has no cells"),
+    ({"tables": {"mine": {"blocks": {"a": {"variants": ["linear"]}}}}}, "lacks tasks"),
+    ({"tables": {"mine": {"blocks": {"a": {"variants": ["lineer"], "tasks": ["emoji"]}}}}}, "unknown variant in table mine 'lineer'"),
+    ({"tables": {"mine": {"blocks": {"a": {"variants": ["linear"], "task": ["emoji"]}}}}}, "unknown key 'task'")])
 def test_a_profile_with_a_mistake_is_refused_and_changes_nothing(here, capsys, change, message):
     shutil.copytree(ROOT/"profiles", here/"profiles")
     (here/"profiles"/"mine.yaml").write_text(yaml.safe_dump({"base": "laptop", **change}))
@@ -161,9 +187,60 @@ def test_profiles_do_not_share_stages():
 
 def test_tables_select_their_stages_and_no_others():
     params = resolve(load_profile("laptop", ROOT/"profiles"))
-    params["tables"]["laptop-small"] = {"table": "small", "variants": ["linear"], "tasks": ["emoji"]}
-    assert selected(params, ["small"]) == {"backbone": stages(params)["backbone"], "data": ["data@laptop-emoji"],
-                                           "run": ["run@laptop-linear-emoji"], "table": ["table@laptop-small"]}
+    blocks = {"one": {"variants": ["linear"], "tasks": ["emoji"]}, "two": {"variants": ["lora", "linear"], "tasks": ["koeppen"]}}
+    params["tables"]["laptop-small"] = {"table": "small", "blocks": blocks, "variants": ["linear", "lora"], "tasks": ["emoji", "koeppen"]}
+    assert selected(params, ["small"]) == {   # and not LoRA on emoji
+        "backbone": stages(params)["backbone"], "data": ["data@laptop-emoji", "data@laptop-koeppen"],
+        "run": ["run@laptop-linear-emoji", "run@laptop-linear-koeppen", "run@laptop-lora-koeppen"], "table": ["table@laptop-small"]}
+
+
+@pytest.mark.parametrize("name", ["smoke", "laptop", "reference", "paper"])
+def test_cells_are_those_of_the_blocks(name):
+    params = resolve(load_profile(name, ROOT/"profiles"))
+    for table in params["tables"].values():
+        blocks = table["blocks"].values()
+        assert table["variants"] == list(dict.fromkeys(v for block in blocks for v in block["variants"]))
+        assert table["tasks"] == list(dict.fromkeys(t for block in blocks for t in block["tasks"]))
+    assert params["tables"][f"{name}-baselines"]["blocks"].keys() == {"baselines"}
+    cells = {f"{name}-{v}-{t}" for table in params["tables"].values() for block in table["blocks"].values() for v in block["variants"] for t in block["tasks"]}
+    assert set(params["cells"]) == cells
+    assert set(selected(params, None)["run"]) == {f"run@{cell}" for cell in cells}
+
+
+def test_a_variant_on_another_one_changes_what_it_names(tmp_path):
+    shutil.copytree(ROOT/"profiles", tmp_path/"profiles")
+    change = {"base": "laptop", "variants": {"ship": {"config": {"num_tokens": 3}, "recipe_changes": {"lr": 0.5}}}}
+    (tmp_path/"profiles"/"mine.yaml").write_text(yaml.safe_dump(change))
+    variants = load_profile("mine", tmp_path/"profiles").variants
+    assert variants["vpt_reproduced"].config == {**variants["sip"].config, "starts": list(range(12))}   # ship -> sip -> vpt_reproduced
+    assert variants["sip"].config["num_tokens"] == 3 and variants["sip"].recipe_changes["lr"] == 0.5 and variants["sip"].method == "ship"
+    assert "base" not in resolve(load_profile("mine", tmp_path/"profiles"))["variants"]["sip"]
+
+
+def test_paper_profile_holds_the_winners_and_the_run_matrix_of_ship():
+    params = resolve(load_profile("paper", ROOT/"profiles"))
+    for row in load_published("ship_winners").to_dict("records"):
+        settings = cell_settings(params, "paper", "ship_winners", row["task"])
+        assert (settings["config"], settings["seeds"]) == ({"num_tokens": row["P"], "threshold": row["lambda"]}, [1]), row["task"]
+        assert (settings["recipe"]["lr"], settings["recipe"]["weight_decay"]) == (row["lr"], row["wd"]), row["task"]
+        assert (settings["recipe"]["drop_path"], settings["recipe"]["schedule_lag"], settings["preset"]) == (0.1, 1, "released")
+    default, candidates = cell_candidates(cell_settings(params, "paper", "ship", "svhn"))
+    assert len(candidates) == 9 and {c.config["num_tokens"] for c in candidates} == {10, 50, 100}
+    assert {(c.recipe.lr, c.recipe.weight_decay) for c in candidates} == {(1e-3, 1e-4)}
+    assert cell_settings(params, "paper", "vpt_deep", "svhn")["seeds"] == params["seeds"]
+    sizes = {name: (len(b["variants"]), len(b["tasks"])) for name, b in params["tables"]["paper-ship"]["blocks"].items()}
+    assert sizes == {"table_1": (7, 19), "table_2": (7, 2), "table_3": (9, 7), "table_4": (13, 1)}
+    assert [cell_settings(params, "paper", "sip_more", t)["config"]["num_tokens"] for t in ("cifar100", "sun397")] == [70, 30]
+
+
+@pytest.mark.parametrize("name", ["laptop", "paper"])
+def test_hierarchies_of_ships_table_3(name):
+    variants = load_profile(name, ROOT/"profiles").variants
+    for row in load_published("ship_table3").fillna("").itertuples():
+        variant = {"VPT-Deep": "vpt_reproduced"}.get(row.method) or row.method.lower().replace("i=", "").replace(" ", "_").replace("-", "_")
+        config = variants[variant].config
+        assert " ".join(map(str, config.get("starts", []))) == row.starts, row.method
+        assert (config["num_shared"], config["num_ap_hierarchies"], config["pml_weight"], config["decoupled"]) == (0, 0, 0.0, False)
 
 
 def test_vpt_prompt_lengths_of_the_paper_profile():
@@ -187,8 +264,23 @@ def tiny(tmp_path_factory):
 
 
 def test_everything_is_there(tiny):
-    assert set(results(tiny, "tiny")) == {"linear-emoji", "vpt_deep-emoji"}
-    assert (tiny/"results/tiny/tables/baselines.md").is_file()
+    assert set(results(tiny, "tiny")) == {"linear-emoji", "vpt_deep-emoji", "ship-emoji"}
+    for table in ("baselines", "ship"):
+        assert list((tiny/"results/tiny/tables"/table).glob("*.md")) and list((tiny/"results/tiny/figures"/table).glob("*.png"))
+
+
+def test_a_cell_tells_losses_apart_and_counts_what_was_trained(tiny):
+    "SHIP has its prompts only after it has seen the training images; its settings are chosen on val."
+    record, curves = results(tiny, "tiny")["ship-emoji"]
+    starts, tokens = record["config"]["starts"], record["config"]["num_tokens"]
+    attributes = min(2, sum(start > 0 for start in starts)) * 3
+    assert record["parameters"]["prompts"] == 64 * (len(starts) * tokens + 2 + attributes)
+    assert len(record["diagnostics"]["joint_prompt_share"]) == 4 and record["config"]["threshold"] in (0.9, 0.99)
+    assert "chosen from 2 settings on 16 validation images" in record["protocol"]
+    assert results(tiny, "tiny")["linear-emoji"][0]["diagnostics"] == {}
+    frame = pd.read_csv(io.StringIO(curves))
+    assert list(frame) == ["epoch", "lr", "loss", "aux_loss", "valid_acc", "valid_loss", "test_acc", "test_loss", "seed"]
+    assert (frame.aux_loss > 0).all() and (frame.loss > frame.aux_loss).all() and frame.test_loss.notna().all()
     assert not leftovers(tiny/"results", tiny/"data")
     ignored = subprocess.run(["git", "status", "--porcelain", "-uall"], cwd=tiny, capture_output=True, text=True, check=True).stdout
     assert not [line for line in ignored.splitlines() if line.endswith((".gitignore", ".ipynb", ".safetensors"))], ignored
@@ -226,7 +318,8 @@ def test_a_module_reaches_only_the_stages_that_use_it(tiny):
     assert stale_after("hierprompt/methods/filters.py") == {"tiny-linear-emoji"}
     assert stale_after("hierprompt/methods/lora.py") == set()
     assert stale_after("hierprompt/pipeline.py") == set()
-    assert stale_after("hierprompt/tables.py") == {"tiny-baselines"}
+    assert stale_after("hierprompt/methods/adapter.py") == set()
+    assert stale_after("hierprompt/tables.py") == {"tiny-baselines", "tiny-ship"}
 
 
 def test_another_profile_and_back_keeps_what_is_finished(tiny):
@@ -244,7 +337,7 @@ def test_a_failing_stage_is_named_and_later_levels_do_not_start(tiny, tmp_path):
     done = pipeline(folder, "repro", capture_output=True)
     assert done.returncode == 1 and "run@tiny-vpt_deep-emoji  FAILED" in done.stdout and "table@" not in done.stdout
     assert "make no batch of 1000" in done.stdout
-    assert [file.parent.name for file in (folder/"results/tiny/runs").glob("*/metrics.json")] == ["linear-emoji"]
+    assert {file.parent.name for file in (folder/"results/tiny/runs").glob("*/metrics.json")} == {"linear-emoji", "ship-emoji"}
     assert (folder/"results/tiny/notebooks/vpt_deep-emoji.failed.ipynb").is_file()
 
 
@@ -313,7 +406,8 @@ def test_paper_profile_on_fixture_trees(tmp_path):
     values = {"base": "paper", "threads": 1, "backbone": {"name": "tiny_random", "image_size": 32}, "seeds": [42, 44],
               "tasks": {"vtab": {"root": str(vtab), "strict": False}, "fgvc": {"root": str(fgvc), "strict": False}},
               "variants": variants,
-              "tables": {"baselines": {"variants": list(variants), "tasks": ["cifar100", "kitti", "cub200"]}}}
+              "tables": {"baselines": {"variants": list(variants), "tasks": ["cifar100", "kitti", "cub200"]},
+                         "ship": {"blocks": {"table_1": {"variants": ["vpt_deep"], "tasks": ["kitti"]}, **dict.fromkeys(["table_2", "table_3", "table_4"])}}}}
     folder = with_profile(make_clone(tmp_path/"hierprompt"), "fixture", values)
     done = pipeline(folder, "repro", capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -322,7 +416,7 @@ def test_paper_profile_on_fixture_trees(tmp_path):
     assert all(record["seeds"] == [42, 44] and record["acc_std"] is not None for record in found.values())
     assert found["vpt_deep-kitti"]["parameters"]["prompts"] == 3 * 4 * 64
     assert "trained on train," in found["vpt_deep-cub200"]["protocol"] and "trained on trainval," in found["vpt_deep-kitti"]["protocol"]
-    table = (folder/"results/fixture/tables/baselines.md").read_text()
+    table = (folder/"results/fixture/tables/baselines/baselines.md").read_text()
     assert "VPT-Deep" in table and "not run" in table
 
 

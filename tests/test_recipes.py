@@ -5,8 +5,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from hierprompt.core import from_dict, to_dict
-from hierprompt.recipes import GRIDS, RECIPES, VPT_SEEDS, Recipe, build_optimizer, grid, learning_rates, recipe, schedule, set_rate
+from hierprompt.core import digest, from_dict, to_dict
+from hierprompt.recipes import Candidate, GRIDS, RECIPES, VPT_SEEDS, Recipe, build_optimizer, grid, learning_rates, recipe, schedule, set_rate
 
 
 def cosine(t, total): return 0.5 * (1 + math.cos(math.pi * t / total))
@@ -138,15 +138,25 @@ def test_released_adamw_decay(asked, used):
     assert {id(p) for p in free["params"]} == {id(model.norm1.bias), id(model.head.bias)}
 
 
-@pytest.mark.parametrize("name, size", [("vpt", 40), ("vpt_fgvc", 36), ("vpt_linear", 40), ("vpt_linear_mae", 52), ("vpt_full", 16)])
+@pytest.mark.parametrize("name, size", [("vpt", 40), ("vpt_fgvc", 36), ("vpt_linear", 40), ("vpt_linear_mae", 52), ("vpt_full", 16), ("ship", 9)])
 def test_grids(name, size):
     trials = grid("vpt", **GRIDS[name])
-    assert len(trials) == len(set(trials)) == size
-    rates = [t.lr for t in trials]
+    assert len(trials) == len({digest(t.settings) for t in trials}) == size
+    rates = [t.recipe.lr for t in trials]
     assert rates == sorted(rates)
+
+
+def test_a_grid_over_the_method_s_own_settings():
+    trials = grid("noah", lr=[0.2, 0.1], **{"config.num_tokens": [10, 5], "config.end_layer": [None, 3]})
+    assert [(t.recipe.lr, *t.config.values()) for t in trials[:4]] == [(0.1, 10, None), (0.1, 10, 3), (0.1, 5, None), (0.1, 5, 3)]
+    assert trials[0].config == {"num_tokens": 10, "end_layer": None} and len(trials) == 8
+    assert all(t.recipe == recipe("noah", lr=t.recipe.lr) for t in trials)
+    assert trials[2].settings == {**vars(recipe("noah", lr=0.1)), "config.num_tokens": 5, "config.end_layer": None}
+    assert grid("noah") == [Candidate(recipe("noah"))]
 
 
 def test_grid_refuses_what_is_no_list():
     for bad in (0.1, "0.1", [], {"a": 1}):
         with pytest.raises(TypeError, match="list of values for lr"): grid("vpt", lr=bad)
+        with pytest.raises(TypeError, match="list of values for config.num_tokens"): grid("vpt", **{"config.num_tokens": bad})
     with pytest.raises(TypeError, match="Did you mean 'lr'"): grid("vpt", lrs=[0.1])

@@ -97,9 +97,13 @@ def behind(modules):
     return {module_file(name) for name in found}
 
 
-def needed(notebook):
-    "All modules behind a notebook's imports."
-    return behind(imported("\n".join(c.source for c in nbformat.read(ROOT/notebook, 4).cells if c.cell_type == "code")))
+def needed(*notebooks):
+    "All modules behind the imports of notebooks."
+    cells = [c for notebook in notebooks for c in nbformat.read(ROOT/notebook, 4).cells]
+    return behind(imported("\n".join(c.source for c in cells if c.cell_type == "code")))
+
+
+TABLES = sorted(str(path.relative_to(ROOT)) for path in (ROOT/"nbs"/"tables").glob("*.ipynb"))
 
 
 def modules_of(stage):
@@ -110,10 +114,16 @@ def modules_of(stage):
 WRITERS = {"hierprompt/results.py"}   # it only writes what a run has found: its changes make no run stale
 
 
-@pytest.mark.parametrize("stage, notebook, unwanted", [
-    ("backbone", "nbs/runs/backbone.ipynb", set()), ("run", "nbs/runs/run.ipynb", WRITERS), ("table", "nbs/tables/baselines.ipynb", set())])
-def test_stages_depend_on_exactly_the_modules_they_import(stage, notebook, unwanted):
-    assert modules_of(stage) == needed(notebook) - unwanted
+@pytest.mark.parametrize("stage, notebooks, unwanted", [
+    ("backbone", ["nbs/runs/backbone.ipynb"], set()), ("run", ["nbs/runs/run.ipynb"], WRITERS), ("table", TABLES, set())])
+def test_stages_depend_on_exactly_the_modules_they_import(stage, notebooks, unwanted):
+    assert modules_of(stage) == needed(*notebooks) - unwanted
+
+
+@pytest.mark.parametrize("name", ["smoke", "laptop", "reference", "paper"])
+def test_every_table_has_its_notebook(name):
+    tables = [t["table"] for t in resolve(load_profile(name, ROOT/"profiles"))["tables"].values()]
+    assert {f"nbs/tables/{table}.ipynb" for table in tables} <= set(TABLES)
 
 
 def test_data_stages_depend_on_all_that_loads_their_task_and_on_no_other_renderer():

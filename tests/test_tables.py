@@ -6,8 +6,9 @@ import pytest
 
 from hierprompt.figures import FIGURES, write_figures
 from hierprompt.results import averages, example_metrics, load_published
-from hierprompt.tables import (BASELINES, MEANS, OTHERS, _column, build_table, difference, markdown, means_part, notes, numbers,
-                               published_groups, published_means, published_part, published_tasks, task_groups, tasks_part, why_not, write_tables)
+from hierprompt.published import BASELINES, MEANS, OTHERS, published_groups, published_means, published_tasks, rows_of
+from hierprompt.tables import (build_table, difference, entries, markdown, means_part, notes, numbers, published_part, task_groups, tasks_part,
+                               why_not, write_tables)
 
 ORIG = {"name": "vit_base_patch16_224.orig_in21k", "sha256": "0" * 64}
 PAPER = published_groups()
@@ -46,7 +47,7 @@ def test_every_published_row_is_shown_once():
 
 def test_all_published_names_exist():
     tables = {"SHIP Table I": load_published("ship_table1"), "DA-VPT Table 1": load_published("davpt_table1"),
-              "DA-VPT Tables 3 and 9": load_published("davpt_appendix_vtab_per_task")}
+              "DA-VPT Tables 3 and 9": load_published("davpt_appendix_vtab_per_task"), "SHIP, released runs": pd.DataFrame({"method": ["SHIP"]})}
     for row in [*BASELINES, *OTHERS]:
         for source, name in row.published.items(): assert name in set(tables[source].method), (row.label, source)
 
@@ -61,6 +62,34 @@ def test_single_tasks_as_published():
     frame = published_tasks(BASELINES, ["kitti", "cub200"])
     assert frame[frame.method == "VPT-Deep"][["kitti", "cub200"]].max().tolist() == [72.8, 88.5]
     assert "Adapter" not in set(frame.method) and len(published_tasks(BASELINES, EMBEDDED)) == 0
+
+
+def test_the_released_runs_of_ship_are_a_row_of_their_own():
+    means = published_means(OTHERS).query("source == 'SHIP, released runs'").iloc[0]
+    assert means[["natural", "specialized", "structured", "mean_of_groups"]].tolist() == pytest.approx([82.584, 86.630, 61.527, 76.914], abs=6e-4)
+    assert (means.params, means.protocol, means.variant) == (pytest.approx(0.583, abs=5e-4), "best test epoch", "ship_winners")
+    tasks = published_tasks(OTHERS, ["cifar100", "kitti"]).query("source == 'SHIP, released runs'").iloc[0]
+    assert tasks[["cifar100", "kitti"]].tolist() == [76.63, 81.153]
+
+
+def test_rows_of_one_paper():
+    rows = rows_of()
+    assert [row.published for row in rows] == [{"SHIP Table I": m} for m in load_published("ship_table1").method]
+    assert [row.variant for row in rows] == ["full", "linear", "adapter", "lora", "noah", "sct", "vpt_deep", "dam_vp", "e2vpt", "sa2vp", "ship"]
+    with pytest.raises(KeyError, match="method of nowhere"): rows_of("nowhere")
+
+
+def test_table_1_of_ship(tmp_path):
+    run_paper(tmp_path, "vpt_deep", without=["cub200", "nabirds", "oxford_flowers", "stanford_dogs", "stanford_cars"])
+    vtab = [t for t, g in PAPER.items() if g != "fine_grained"]
+    table = build_table("paper", ["vpt_deep", "ship_winners"], vtab, tmp_path, "SHIP Table I", rows_of(), [r for r in OTHERS if r.variant == "ship_winners"],
+                        remarks=["a remark"])
+    part = means_part(table).set_index("Method")
+    assert part.index.tolist()[-2:] == ["SHIP", "SHIP, settings of the released runs"] and len(part) == 12
+    assert part["published, M"].tolist()[:4] == ["85.80", "0.04", "0.16", "0.29"] and part.at["SHIP", "Mean of groups (3)"] == "not run"
+    shown = published_part(table).set_index(["Method", "Source"])
+    assert shown.at[("SHIP", "SHIP Table I"), "Mean of groups"] == "76.90" and shown.at[("VPT-Deep", "SHIP Table I"), "Ours − published"].startswith("Mean of groups")
+    assert notes(table)[-1] == "a remark" and "SHIP, released runs" in set(tasks_part(table).Source)
 
 
 # what may be subtracted
@@ -130,7 +159,8 @@ def test_rows_that_were_not_run_stay(tmp_path):
     table = build_table("example", ["linear"], EMBEDDED, tmp_path)
     part = means_part(table).set_index("Method")
     assert part.index.tolist() == ["Full", "Linear", "Bias", "VPT-Shallow", "VPT-Deep", "Adapter", "LoRA"]
-    assert set(part.loc["Full"]) == {"not run"} and part.at["Linear", "Fine-grained (1)"] == "70.50 ± 0.71 (71.00)"
+    assert part.at["Full", "published, M"] == "85.80 / 85.98" and set(part.drop(columns="published, M").loc["Full"]) == {"not run"}
+    assert part.at["Linear", "Fine-grained (1)"] == "70.50 ± 0.71 (71.00)"
     published = published_part(table).query("Source == @table.source").set_index("Method")
     assert published.loc[["NOAH", "SCT", "SHIP", "DA-VPT+"], "Mean of groups"].tolist() == ["not run"] * 4
     page = numbers(table).query("measure == 'acc'").set_index("method")
@@ -159,6 +189,7 @@ def test_metrics_outside_the_table_are_left_out(tmp_path):
     put(tmp_path, example_metrics("my_method", "cards"))
     table = build_table("example", ["linear"], ["cards"], tmp_path)
     assert len(table.frame) == 2
+    assert build_table("example", ["linear"], ["cards"], tmp_path, config_hashes={}).frame.empty  # nobody vouches for this cell
     assert [row.label for row in build_table("example", ["my_method"], ["cards"], tmp_path).rows][-1] == "my_method"
 
 
@@ -192,7 +223,7 @@ def test_outdated_metrics_stop_the_table(tmp_path):
 def test_best_and_second(tmp_path, accs, expected):
     for variant, acc in zip(("full", "linear", "bias"), accs):
         if acc is not None: put(tmp_path, example_metrics(variant, "cards", acc=[acc]))
-    assert _column(build_table("example", ["full", "linear", "bias"], ["cards"], tmp_path), "cards", 1)[:3] == expected
+    assert entries(build_table("example", ["full", "linear", "bias"], ["cards"], tmp_path), "cards", 1)[:3] == expected
 
 
 def test_numbers_are_the_means_over_seeds(tmp_path):
@@ -220,6 +251,13 @@ def test_the_same_metrics_give_the_same_bytes(tmp_path):
     assert write("first") == write("second")
 
 
+def test_pages_and_pictures_have_the_names_of_the_pipeline(tmp_path):
+    table = build_table("example", ["linear"], ["cards"], tmp_path)
+    written = write_tables(table, tmp_path / "tables/baselines", "baselines") + write_figures(table, tmp_path / "figures/baselines")
+    assert [str(p.relative_to(tmp_path)) for p in written] == ["tables/baselines/baselines.md", "tables/baselines/baselines.csv",
+        "figures/baselines/parameters.png", "figures/baselines/tasks.png", "figures/baselines/optimism.png"]
+
+
 def test_times_do_not_enter_the_tables(tmp_path):
     put(tmp_path, example_metrics("linear", "cards"))
     first = [p.read_bytes() for p in write_tables(build_table("example", ["linear"], ["cards"], tmp_path), tmp_path / "t")]
@@ -240,5 +278,5 @@ def test_an_interrupted_rebuild_leaves_the_old_table(tmp_path, monkeypatch):
 def test_every_table_row_has_all_columns(tmp_path):
     run_paper(tmp_path, "vpt_deep", without=["kitti"])
     lines = [line for line in markdown(build_table("paper", ["vpt_deep"], list(PAPER), tmp_path)).splitlines() if line.startswith("|")]
-    assert len(lines) > 40 and {line.count("|") for line in lines} == {len(PAPER) + 3, 12}
+    assert len(lines) > 40 and {line.count("|") for line in lines} == {len(PAPER) + 3, 12, 13}
     assert "nan" not in "".join(lines).lower().replace("nabirds", "")

@@ -12,7 +12,7 @@ from hierprompt import training
 from hierprompt.backbones import load_backbone
 from hierprompt.core import from_dict, read_json, rng, to_dict
 from hierprompt.data.tasks import Split
-from hierprompt.recipes import Recipe, learning_rates, recipe
+from hierprompt.recipes import Candidate, Recipe, grid, learning_rates, recipe
 from hierprompt.training import History, Trainer, evaluate, fit, make_resident, run_seeds, select, tensor_digest
 from hierprompt.tuned import tune
 
@@ -62,7 +62,7 @@ def test_same_seed_is_bitwise_the_same_run(vit, method, name):
 def orders(vit, method, seed, **config):
     "The labels of every batch, in the order the model sees them."
     model, seen = tune(vit, method, num_classes=40, **config), []
-    model.loss = lambda images, labels, label_smoothing: seen.append(labels) or type(model).loss(model, images, labels, label_smoothing)
+    model.losses = lambda images, labels, label_smoothing: seen.append(labels) or type(model).losses(model, images, labels, label_smoothing)
     quiet(model, Split(TRAIN.images, torch.arange(40)), recipe=recipe(QUICK, weight_decay=0.0), seed=seed)
     return torch.cat(seen)
 
@@ -182,6 +182,61 @@ def test_progress_bar_is_one_line_or_nothing(vit, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+# --- losses apart ---
+
+def test_auxiliary_and_classification_loss_are_kept_apart(vit):
+    model = tune(vit, "vpt_deep", num_classes=4)
+    with torch.no_grad(): want = F.cross_entropy(model(TRAIN.images), TRAIN.labels).item()
+    losses = model.losses   # and a loss of its own: 0.25 times the batch's mean label
+    model.losses = lambda images, labels, label_smoothing: (losses(images, labels, label_smoothing)[0], 0.25 * labels.float().mean())
+    row = quiet(model, TRAIN, recipe=recipe(QUICK, lr=1e-12, epochs=1, batch_size=32)).rows[0]   # 32 + 8 images: a weighted mean
+    assert row["aux_loss"] == pytest.approx(0.25 * TRAIN.labels.float().mean().item(), rel=1e-6)
+    assert row["loss"] - row["aux_loss"] == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["linear", "vpt_deep"])
+def test_rows_hold_the_cross_entropy_of_every_look(vit, method):
+    model = tune(vit, method, num_classes=4)
+    rows = quiet(model, TRAIN, VALID, recipe=recipe(QUICK, epochs=4, test_every=2, valid_every=0, eval_batch_size=7, label_smoothing=0.2), test=TEST).rows
+    assert list(rows[0]) == ["epoch", "lr", "loss", "aux_loss", "valid_acc", "valid_loss", "test_acc", "test_loss"]
+    assert [row["test_loss"] is None for row in rows] == [row["test_acc"] is None for row in rows] == [False, True, False, False]
+    assert [row["valid_loss"] is None for row in rows] == [True, True, True, False] and {row["aux_loss"] for row in rows} == {0.0}
+    for name, split in {"valid": VALID, "test": TEST}.items():   # neither smoothing nor batches change it
+        assert rows[-1][f"{name}_loss"] == pytest.approx(F.cross_entropy(model(split.images), split.labels).item(), abs=1e-5)
+
+
+def test_without_a_split_its_columns_are_empty(vit):
+    rows = quiet(tune(vit, "linear", num_classes=4), TRAIN, recipe=QUICK).rows
+    assert all(row[key] is None for row in rows for key in ("valid_acc", "valid_loss", "test_acc", "test_loss"))
+
+
+# --- prepare ---
+
+@pytest.mark.parametrize("augment", ["none", "crop_flip"])
+def test_prepare_sees_the_evaluation_view_of_the_training_images(vit, augment):
+    wide, seen = tints(16, 3, size=36), []
+    model = tune(vit, "vpt_deep", num_classes=4)
+    model.prepare = lambda images, labels: seen.append((images.clone(), labels))
+    quiet(model, wide, VALID, recipe=recipe(QUICK, epochs=1, augment=augment), test=TEST)
+    ((images, labels),) = seen
+    assert torch.equal(images, wide.images[..., 2:34, 2:34]) and images.dtype == torch.uint8 and torch.equal(labels, wide.labels)
+
+
+TINY_SHIP = dict(num_tokens=2, num_shared=2, num_attributes=3, num_prototypes=8, num_matching=3)
+
+
+@pytest.mark.parametrize("augment", ["none", "crop_flip"])
+def test_a_method_that_must_be_prepared_first_trains(vit, augment):
+    wide = tints(40, 3, size=36)
+    runs = []
+    for _ in range(2):
+        model = tune(vit, "ship", num_classes=4, seed=1, **TINY_SHIP)
+        runs.append(quiet(model, wide, VALID, recipe=recipe(QUICK, epochs=2, augment=augment, test_every=1), test=TEST, seed=1))
+    assert runs[0].rows == runs[1].rows
+    assert all(0 < row["aux_loss"] < row["loss"] and row["test_loss"] > 0 for row in runs[0].rows)
+    assert model.config.starts[0] == 0
+
+
 # --- constant features ---
 
 def plain(model):
@@ -265,9 +320,9 @@ def test_unknown_recipes_are_refused(vit):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_loss_that_is_not_finite_stops_the_epoch(vit, value):
     model, steps = tune(vit, "vpt_deep", num_classes=4), []
-    loss = model.loss
+    losses = model.losses
     model.after_step = steps.append
-    model.loss = lambda *a, **k: loss(*a, **k) * (value if len(steps) == 4 else 1)
+    model.losses = lambda *a, **k: [loss * (value if len(steps) == 4 else 1) for loss in losses(*a, **k)]
     with pytest.raises(FloatingPointError, match=r"vpt_deep: loss (nan|inf) in epoch 1 at learning rate .* smaller lr"): quiet(model, TRAIN, recipe=QUICK)
     assert len(steps) == 6   # three updates an epoch
 
@@ -317,8 +372,9 @@ def test_noah_looks_at_the_test_set_eleven_times(vit):
 
 # --- history ---
 
-def history(accs=(50.0, None, 80.0, 75.0)):
-    rows = [dict(epoch=e, lr=0.1, loss=1.0 / (e + 1), valid_acc=None, test_acc=a) for e, a in enumerate(accs)]
+def history(accs=(50.0, None, 80.0, 75.0), auxiliary=0.0):
+    rows = [dict(epoch=e, lr=0.1, loss=1.0 / (e + 1), aux_loss=auxiliary, valid_acc=None, valid_loss=None, test_acc=a, test_loss=a and 1 - a / 100)
+            for e, a in enumerate(accs)]
     return History(rows, "vpt_deep", QUICK, 0, "cpu", 2.0, 3.0, 20.0, 100.0)
 
 
@@ -342,7 +398,9 @@ def test_history_writes_and_draws(tmp_path):
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path/"curves"/"history.csv"), h.frame, check_dtype=False)
     loss, accuracy = h.plot()
     assert list(loss.lines[0].get_ydata()) == [1, 1/2, 1/3, 1/4]
+    assert list(loss.lines[1].get_xdata()) == [0, 2, 3] and list(loss.lines[1].get_ydata()) == pytest.approx([0.5, 0.2, 0.25])
     assert list(accuracy.lines[0].get_xdata()) == [0, 2, 3]
+    assert [len(h.plot()[0].lines) for h in (history([None, None]), history(auxiliary=0.1))] == [1, 3]   # cross-entropy apart where they differ
     assert "vpt_deep, seed 0, cpu" in h._repr_html_() and len(history([None] * 50)._repr_html_()) < 4000
 
 
@@ -352,10 +410,10 @@ class Factory:
     "Makes models and remembers for which seeds; fails at the call number `stop`."
     def __init__(self, vit, method="linear", stop=None, **config): self.vit, self.method, self.config, self.stop, self.seeds = vit, method, config, stop, []
 
-    def __call__(self, seed):
+    def __call__(self, seed, **config):
         if len(self.seeds) == self.stop: raise KeyboardInterrupt
         self.seeds.append(seed)
-        return tune(self.vit, self.method, num_classes=4, seed=seed, **self.config)
+        return tune(self.vit, self.method, num_classes=4, seed=seed, **{**self.config, **config})
 
 
 @pytest.fixture
@@ -366,33 +424,60 @@ def trained(monkeypatch):
     return runs
 
 
-def chosen(vit, recipes, **kwargs): return select(Factory(vit), TRAIN, VALID, recipes, progress=False, device="cpu", **kwargs)
+def chosen(vit, candidates, method="linear", **kwargs):
+    return select(Factory(vit, method), TRAIN, VALID, candidates, progress=False, device="cpu", **kwargs)
 
 
 def test_select_takes_the_best_last_epoch(vit):
-    recipes = [recipe(QUICK, lr=lr) for lr in (1e-9, 1.0)]
+    recipes = grid(QUICK, lr=[1e-9, 1.0])
     best, trials = chosen(vit, recipes)
     assert best == recipes[1] and list(trials.chosen) == [False, True] and list(trials.columns) == ["lr", "valid_acc", "status", "chosen"]
     model = tune(vit, "linear", num_classes=4)
-    assert trials.valid_acc[1] == quiet(model, TRAIN, VALID, recipe=recipes[1]).valid_acc == evaluate(model, VALID)
+    assert trials.valid_acc[1] == quiet(model, TRAIN, VALID, recipe=recipes[1].recipe).valid_acc == evaluate(model, VALID)
+
+
+def test_select_chooses_settings_of_the_method(vit, tmp_path, trained):
+    candidates = grid(QUICK, lr=[0.1, 1e-9], **{"config.num_tokens": [3, 1]})
+    best, trials = chosen(vit, candidates, "vpt_deep", cache=tmp_path)
+    assert list(trials.columns) == ["lr", "config.num_tokens", "valid_acc", "status", "chosen"]
+    assert list(trials["config.num_tokens"]) == [3, 1, 3, 1] and list(trials.lr) == [1e-9, 1e-9, 0.1, 0.1]
+    model = tune(vit, "vpt_deep", num_classes=4, **best.config)
+    assert len(trained) == len(list(tmp_path.iterdir())) == 4   # one remembered trial per setting
+    chosen(vit, candidates, "vpt_deep", cache=tmp_path)
+    assert len(trained) == 4
+    assert trials.valid_acc[candidates.index(best)] == quiet(model, TRAIN, VALID, recipe=best.recipe).valid_acc == trials.valid_acc.max()
+
+
+def test_settings_of_a_method_that_is_not_prepared_yet_are_told_apart(vit, tmp_path, trained):
+    "SHIP has no prompts before `prepare`: the weights of its trials are equal, their settings are not."
+    candidates = [Candidate(recipe(QUICK, epochs=1), {**TINY_SHIP, "threshold": t, "lambda_d": d}) for t in (0.9, 0.99) for d in (0.1, 0.2)]
+    best, trials = chosen(vit, candidates, "ship", cache=tmp_path)
+    assert len(trained) == len(list(tmp_path.iterdir())) == 4 and list(trials.columns)[:2] == ["config.threshold", "config.lambda_d"]
+
+
+def test_an_unknown_setting_of_the_method_is_an_error(vit):
+    with pytest.raises(TypeError, match="unknown key 'num_token'.*Did you mean 'num_tokens'"): chosen(vit, grid(QUICK, **{"config.num_token": [1, 2]}), "vpt_deep")
 
 
 def test_ties_go_to_the_smaller_rate(vit):
-    tied = [recipe(QUICK, lr=lr, weight_decay=d) for lr in (1e-9, 1e-12, 1e-10) for d in (0.1, 0.0)]
+    tied = [Candidate(recipe(QUICK, lr=lr, weight_decay=d)) for lr in (1e-9, 1e-12, 1e-10) for d in (0.1, 0.0)]
     best, trials = chosen(vit, tied)
-    assert trials.valid_acc.nunique() == 1 and (best.lr, best.weight_decay) == (1e-12, 0.1)
+    assert trials.valid_acc.nunique() == 1 and (best.recipe.lr, best.recipe.weight_decay) == (1e-12, 0.1)
+    tied = [Candidate(recipe(QUICK, lr=lr), {"dropout": d}) for lr in (1e-10, 1e-12) for d in (0.2, 0.1)]   # the first of the smallest rate
+    best, trials = chosen(vit, tied, "vpt_deep")
+    assert trials.valid_acc.nunique() == 1 and best == tied[2]
 
 
 def test_diverged_trials_are_shown_and_never_chosen(vit):
-    bad, good = recipe(QUICK, lr=1e38), recipe(QUICK, lr=0.1)
+    bad, good = Candidate(recipe(QUICK, lr=1e38)), Candidate(recipe(QUICK, lr=0.1))
     best, trials = chosen(vit, [bad, good])
     assert best == good and list(trials.status) == ["diverged", "success"] and math.isnan(trials.valid_acc[0])
-    with pytest.raises(FloatingPointError, match="all 1 recipes diverged.*smaller lr than 1e"): chosen(vit, [bad])
-    with pytest.raises(ValueError, match="no recipes"): chosen(vit, [])
+    with pytest.raises(FloatingPointError, match="all 1 candidates diverged.*smaller lr than 1e"): chosen(vit, [bad])
+    with pytest.raises(ValueError, match="no candidates"): chosen(vit, [])
 
 
 def test_an_interrupted_selection_loses_no_finished_trial(vit, tmp_path, trained):
-    recipes = [recipe(QUICK, lr=lr) for lr in (0.01, 0.1, 1.0, 1e38)]
+    recipes = grid(QUICK, lr=[0.01, 0.1, 1.0, 1e38])
     with pytest.raises(KeyboardInterrupt): select(Factory(vit, stop=2), TRAIN, VALID, recipes, cache=tmp_path, progress=False, device="cpu")
     assert len(list(tmp_path.iterdir())) == len(trained) == 2
     best, trials = chosen(vit, recipes, cache=tmp_path)
@@ -438,16 +523,16 @@ def test_remembered_runs_know_what_they_depend_on(vit, tmp_path, trained):
 
 
 def test_a_damaged_remembered_run_is_named(vit, tmp_path):
-    chosen(vit, [QUICK], cache=tmp_path)
+    chosen(vit, [Candidate(QUICK)], cache=tmp_path)
     path = next(tmp_path.iterdir())
     path.write_text(path.read_text()[:50])
-    with pytest.raises(ValueError, match=path.name): chosen(vit, [QUICK], cache=tmp_path)
+    with pytest.raises(ValueError, match=path.name): chosen(vit, [Candidate(QUICK)], cache=tmp_path)
 
 
 def test_selection_computes_constant_features_once(vit, monkeypatch):
     calls, features = [], training._features
     monkeypatch.setattr(training, "_features", lambda *a: calls.append(a) or features(*a))
-    chosen(vit, [recipe(QUICK, lr=lr) for lr in (0.01, 0.1, 1.0)])
+    chosen(vit, grid(QUICK, lr=[0.01, 0.1, 1.0]))
     assert len(calls) == 2   # train and valid
 
 
