@@ -229,8 +229,11 @@ def test_paper_profile_holds_the_winners_and_the_run_matrix_of_ship():
     assert {(c.recipe.lr, c.recipe.weight_decay) for c in candidates} == {(1e-3, 1e-4)}
     assert cell_settings(params, "paper", "vpt_deep", "svhn")["seeds"] == params["seeds"]
     sizes = {name: (len(b["variants"]), len(b["tasks"])) for name, b in params["tables"]["paper-ship"]["blocks"].items()}
-    assert sizes == {"table_1": (7, 19), "table_2": (7, 2), "table_3": (9, 7), "table_4": (13, 1)}
-    assert [cell_settings(params, "paper", "sip_more", t)["config"]["num_tokens"] for t in ("cifar100", "sun397")] == [70, 30]
+    assert sizes == {"table_1": (7, 19), "table_2": (6, 2), "table_2_more": (1, 1), "table_3": (9, 7), "table_4": (13, 1)}
+    assert cell_settings(params, "paper", "sip_more", "cifar100")["config"]["num_tokens"] == 70
+    released, literal = (resolve(load_profile(name, ROOT/"profiles")) for name in ("paper_ship", "paper"))     # D8: nothing but the preprocessing differs
+    assert (released["data"]["preprocess"], literal["data"]["preprocess"], list(released["tables"])) == ("ship", "paper", ["paper_ship-ship"])
+    assert released["tables"]["paper_ship-ship"] == literal["tables"]["paper-ship"] and released["variants"] == literal["variants"]
 
 
 @pytest.mark.parametrize("name", ["laptop", "paper"])
@@ -407,7 +410,7 @@ def test_paper_profile_on_fixture_trees(tmp_path):
               "tasks": {"vtab": {"root": str(vtab), "strict": False}, "fgvc": {"root": str(fgvc), "strict": False}},
               "variants": variants,
               "tables": {"baselines": {"variants": list(variants), "tasks": ["cifar100", "kitti", "cub200"]},
-                         "ship": {"blocks": {"table_1": {"variants": ["vpt_deep"], "tasks": ["kitti"]}, **dict.fromkeys(["table_2", "table_3", "table_4"])}}}}
+                         "ship": {"blocks": {"table_1": {"variants": ["vpt_deep"], "tasks": ["kitti"]}, **dict.fromkeys(["table_2", "table_2_more", "table_3", "table_4"])}}}}
     folder = with_profile(make_clone(tmp_path/"hierprompt"), "fixture", values)
     done = pipeline(folder, "repro", capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
