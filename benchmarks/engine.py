@@ -87,12 +87,18 @@ def report_cuda(args, times):
           f"1,000 images for 100 epochs: {1e5 * step / args.batch:.0f} s")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(about):
+    "The command line of a benchmark; sets the number of threads."
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in dict(rounds=7, threads=2, batch=8, tokens=50).items(): parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    return args
+
+
+def main():
+    args = arguments(__doc__)
     with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
         times = measure(cases(args), args.rounds, args.device)
     base = times["timm forward"]

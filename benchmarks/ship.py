@@ -5,13 +5,12 @@
 ViT-B/16 at 224 pixels with hierarchies from blocks 0, 2, 4, 6, 8, 11 (the released Cifar100 run), preset `released`.
 On a CUDA device everything runs in bf16, and images per second and peak memory are reported too.
 """
-import argparse
 import statistics
 
 import timm
 import torch
 import torch.nn.functional as F
-from engine import measure
+from engine import arguments, measure
 from timm.layers import drop_path
 
 from hierprompt.methods.ship_reference import reference_forward
@@ -93,11 +92,7 @@ def report(args, times, peaks):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in dict(rounds=7, threads=2, batch=8, tokens=50).items(): parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = arguments(__doc__)
     with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
         functions = cases(args)
         times = measure(functions, args.rounds, args.device)

@@ -19,6 +19,7 @@ from torch import Tensor
 from .ablations import Step, Study
 from .core import read_json
 from .figures import panels, say
+from .methods.ship import partition
 from .published import FROZEN_VIT_B
 from .results import load_published, run_files
 from .tables import NOT_RUN, PAPER_PROFILES
@@ -171,7 +172,6 @@ def plot_neighbours(cosines: Mapping[str, Tensor],  # task -> (N, L, L), one mat
 THRESHOLDS = (0.90, 0.93, 0.95, 0.97, 0.98)  # values of lambda in the released runs' grid
 
 def partitions(affinities: Mapping[str, Tensor],  # task -> (L, L)
-               partition,                         # rule: affinity, threshold -> first blocks
                thresholds: Sequence[float] = THRESHOLDS,
               ) -> pd.DataFrame:                  # one line per task, one per published row
     "First blocks of the hierarchies for each threshold; published rows have the one threshold of their run."

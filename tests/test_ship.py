@@ -18,6 +18,8 @@ from hierprompt.hosts import as_host
 from hierprompt.methods.ship import (affinity, cls_scores, layer_features, matching_loss, pairwise_cosine, partition, prompt_share, prototypes,
                                      select)
 from hierprompt.methods.ship_reference import reference_forward
+from hierprompt.results import load_published
+from hierprompt.ship_report import logged_parameters
 from hierprompt.recipes import RECIPES, learning_rates
 from hierprompt.training import Trainer, fit, make_resident
 from hierprompt.tuned import load_tuned, tune
@@ -380,31 +382,10 @@ def test_invariant_15_exactly_the_declared_tensors_get_gradients(vit6, floats):
         assert all((g["weight_decay"] == wd) if p.ndim > 1 else g["weight_decay"] == 0 for g in optimizer.param_groups for p in g["params"])
 
 
-# dataset: lambda, official starts, then of its winning run: classes, weight decay, P, logged and effective number of parameters (spec 2, 4)
-WINNERS = {
-    "caltech101": (0.95, "0,2,3,5,7,9,10,11", 102, 0, 200, 87282534, 1330278),
-    "cifar100": (0.93, "0,2,4,6,8,11", 100, 1e-3, 50, 368740, 330340),
-    "dtd": (0.98, "0,1,2,3,4,5,6,7,8,9,10,11", 47, 1e-3, 50, 558383, 519983),
-    "oxford_flowers102": (0.95, "0,2,4,6,8,10,11", 102, 1e-4, 100, 715878, 639078),
-    "oxford_pet": (0.97, "0,2,3,4,5,6,7,9,10,11", 37, 1e-2, 5, 93733, 89893),
-    "svhn": (0.97, "0,2,3,4,5,6,8,10,11", 10, 1e-2, 50, 414730, 376330),
-    "sun397": (0.95, "0,2,4,6,8,10,11", 397, 1e-4, 10, 389773, 382093),
-    "patch_camelyon": (0.98, "0,1,2,3,4,5,6,7,8,9,10,11", 2, 1e-3, 30, 324098, 301058),
-    "eurosat": (0.97, "0,2,3,4,5,6,7,9,11", 10, 0, 50, 86213386, 376330),
-    "resisc45": (0.98, "0,2,3,4,5,6,7,8,9,10,11", 45, 1e-3, 30, 334125, 311085),
-    "diabetic_retinopathy": (0.96, "0,2,3,4,5,6,7,9,10,11", 5, 1e-2, 50, 449285, 410885),
-    "clevr_count": (0.97, "0,2,3,4,5,6,7,8,10,11", 8, 0, 50, 86250248, 413192),
-    "clevr_dist": (0.95, "0,2,4,6,8,10,11", 6, 1e-2, 50, 334854, 296454),
-    "dmlab": (0.95, "0,3,5,6,8,10,11", 6, 1e-4, 200, 1256454, 1102854),
-    "kitti": (0.97, "0,2,3,4,5,6,7,8,10,11", 4, 1e-3, 50, 448516, 410116),
-    "dsprites_loc": (0.98, "0,1,2,3,4,5,6,7,8,10,11", 16, 1e-4, 200, 1878544, 1724944),
-    "dsprites_ori": (0.95, "0,2,3,4,5,6,8,11", 16, 1e-3, 30, 242704, 219664),
-    "smallnorb_azi": (0.98, "0,2,3,4,5,6,7,8,9,10,11", 18, 1e-4, 50, 497682, 459282),
-    "smallnorb_ele": (0.96, "0,2,3,4,5,7,9,10,11", 9, 0, 50, 86212617, 375561),
-}
+WINNERS = load_published("ship_winners").set_index("task").join(load_published("ship_partitions").set_index("task").starts)   # spec 2 and 4
 
 
-def official_starts(name): return [int(j) for j in WINNERS[name][1].split(",")]
+def official_starts(name): return [*map(int, WINNERS.starts[name].split())]
 
 
 @pytest.fixture(scope="module")
@@ -413,13 +394,13 @@ def wide():
     return timm.create_model("vit_base_patch16_224", img_size=32, mlp_ratio=0.01, num_classes=0).eval()
 
 
-@pytest.mark.parametrize("name", WINNERS)
+@pytest.mark.parametrize("name", WINNERS.index)
 def test_invariant_16_counts_of_all_winning_runs(name, wide):
-    _, _, classes, wd, tokens, logged, effective = WINNERS[name]
-    model = tune(wide, "ship", classes, num_tokens=tokens, starts=official_starts(name), num_prototypes=2, num_attributes=10, num_matching=5)
+    row = WINNERS.loc[name]
+    model = tune(wide, "ship", int(row.classes), num_tokens=int(row.P), starts=official_starts(name), num_prototypes=2, num_attributes=10, num_matching=5)
     model.prepare(torch.rand(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))
-    assert count_parameters(model)["with_head"] == effective
-    assert effective + 768 * tokens + (85_798_656 if wd == 0 else 0) == logged
+    assert count_parameters(model)["with_head"] == row.n_effective
+    assert logged_parameters(row.n_effective, row.P, weight_decay=row.wd) == row.n_log
 
 
 def test_invariant_17_affinity(vit6, floats):
@@ -440,22 +421,13 @@ def test_invariant_17_affinity(vit6, floats):
 
 
 # super-diagonals of six of the released matrices (spec 5, Fig. 1c)
-SUPERDIAGONALS = {
-    "cifar100": [0.9779, 0.9632, 0.9468, 0.9659, 0.9604, 0.9656, 0.9702, 0.9750, 0.9841, 0.9543, 0.7648],
-    "oxford_pet": [0.9869, 0.9789, 0.9617, 0.9604, 0.9536, 0.9615, 0.9659, 0.9701, 0.9803, 0.9162, 0.7954],
-    "eurosat": [0.9806, 0.9705, 0.9534, 0.9590, 0.9627, 0.9633, 0.9664, 0.9737, 0.9857, 0.9735, 0.7644],
-    "resisc45": [0.9835, 0.9660, 0.9522, 0.9609, 0.9587, 0.9578, 0.9577, 0.9581, 0.9784, 0.9561, 0.7576],
-    "kitti": [0.9876, 0.9815, 0.9644, 0.9649, 0.9530, 0.9575, 0.9689, 0.9607, 0.9793, 0.9405, 0.8094],
-    "dsprites_loc": [0.9721, 0.9294, 0.8897, 0.9068, 0.9252, 0.9443, 0.9711, 0.9774, 0.9865, 0.9713, 0.8332],
-}
-# Where the rule with the previous layer gives the same: certain for two rows without a group and for two of the printed
-# super-diagonals, chosen for the last two
+SUPERDIAGONALS = {row[0]: row[1:] for row in load_published("ship_fig1c").itertuples(index=False, name=None)}   # spec 5, figure 1c
 PREVIOUS_RULE_TOO = {"dtd", "patch_camelyon", "resisc45", "dsprites_loc", "smallnorb_azi", "diabetic_retinopathy"}
 
 
 def constructed(name):
     "A matrix with the printed super-diagonal (elsewhere invented), falling along its rows, in which each anchor's row has the official groups."
-    threshold, starts = WINNERS[name][0], official_starts(name)
+    threshold, starts = WINNERS["lambda"][name], official_starts(name)
     near = lambda j: threshold - 0.004 if j in starts and (j - 1 in starts or name in PREVIOUS_RULE_TOO) else threshold + 0.004
     S = torch.eye(12, dtype=torch.float64)
     for j, value in enumerate(SUPERDIAGONALS.get(name) or [near(j) for j in range(1, 12)], 1): S[j - 1, j] = value
@@ -472,9 +444,9 @@ def constructed(name):
 def previous_layer_rule(S, threshold): return [0] + [j for j in range(1, len(S)) if S[j - 1, j] < threshold]
 
 
-@pytest.mark.parametrize("name", WINNERS)
+@pytest.mark.parametrize("name", WINNERS.index)
 def test_invariant_18_partition_of_19_rows(name):
-    S, threshold = constructed(name), WINNERS[name][0]
+    S, threshold = constructed(name), WINNERS["lambda"][name]
     assert partition(S, threshold) == official_starts(name)
     assert (previous_layer_rule(S, threshold) == official_starts(name)) == (name in PREVIOUS_RULE_TOO)
     assert partition(S.float(), threshold) == official_starts(name)
@@ -603,7 +575,7 @@ def test_macs_of_cached_inference():
     assert frozen == pytest.approx(17.56e9, rel=0.001)
     assert count_macs(model, 224) == pytest.approx(16.71e9, rel=0.01) and count_macs(model, 224) < frozen
     assert count_macs(restored(vit, preset="released", starts=[0, 2, 4, 6, 8, 10, 11]), 224) == pytest.approx(16.57e9, rel=0.01)
-    pet = restored(vit, preset="released", num_tokens=5, starts=official_starts("oxford_pet"))
+    pet = restored(vit, preset="released", num_tokens=5, starts=official_starts("oxford_iiit_pet"))
     assert count_macs(pet, 224) == pytest.approx(16.42e9, rel=0.01)
 
 
