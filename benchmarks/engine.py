@@ -40,11 +40,6 @@ def cases(args):
     host = as_host(vit)
     bare = Engine(host, Tuner(host)).eval()
 
-    def evaluate(features):
-        def run():
-            with torch.inference_mode(): features()
-        return run
-
     def train(logits):
         def run():
             model.train()
@@ -64,6 +59,13 @@ def cases(args):
     }
 
 
+def evaluate(features):
+    "A forward pass without gradients, to be timed."
+    def run():
+        with torch.inference_mode(): features()
+    return run
+
+
 def measure(functions, rounds, device):
     "Median seconds of each function over interleaved rounds, after one warm-up round."
     times = {name: [] for name in functions}
@@ -77,6 +79,27 @@ def measure(functions, rounds, device):
     return times
 
 
+def peak_memory(functions):
+    "GiB that each function needs at most on a CUDA device, weights included."
+    peaks = {}
+    for name, run in functions.items():
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        peaks[name] = torch.cuda.max_memory_allocated() / 2 ** 30
+    return peaks
+
+
+def report(args, times, base, bars={}, peaks={}):
+    "The table: ratios to `base` against their bars, and on CUDA images per second and memory."
+    print(f"ViT-B/16, 224 px, batch {args.batch}, {args.tokens} prompts, {args.device}, {args.threads} threads, {args.rounds} rounds")
+    more = " images per second | peak GiB |" if peaks else ""
+    print(f"| what | median seconds | ratio to {base} (median of pairs) | bar |{more}\n|---|---|---|---|" + "---|---|" * bool(peaks))
+    for name, seconds in times.items():
+        ratio = statistics.median(s / b for s, b in zip(seconds, times[base]))
+        more = f" {args.batch / statistics.median(seconds):.0f} | {peaks[name]:.2f} |" if peaks else ""
+        print(f"| {name} | {statistics.median(seconds):.4f} | {ratio:.2f} | {bars.get(name, '')} |{more}")
+
+
 def report_cuda(args, times):
     "Images per second, and the share of what one large matrix product reaches."
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
@@ -87,10 +110,10 @@ def report_cuda(args, times):
           f"1,000 images for 100 epochs: {1e5 * step / args.batch:.0f} s")
 
 
-def arguments(about):
-    "The command line of a benchmark; sets the number of threads."
+def arguments(about, **other):
+    "The command line of a benchmark, with other defaults; sets the number of threads."
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in dict(rounds=7, threads=2, batch=8, tokens=50).items(): parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in {**dict(rounds=7, threads=2, batch=8, tokens=50), **other}.items(): parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -101,12 +124,7 @@ def main():
     args = arguments(__doc__)
     with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
         times = measure(cases(args), args.rounds, args.device)
-    base = times["timm forward"]
-    print(f"ViT-B/16, 224 px, batch {args.batch}, {args.tokens} prompts, {args.device}, {args.threads} threads, {args.rounds} rounds")
-    print("| what | median seconds | ratio to timm's forward (median of pairs) |\n|---|---|---|")
-    for name, seconds in times.items():
-        ratio = statistics.median(s / b for s, b in zip(seconds, base))
-        print(f"| {name} | {statistics.median(seconds):.3f} | {ratio:.2f} |")
+    report(args, times, "timm forward")
     if args.device == "cuda": report_cuda(args, times)
 
 

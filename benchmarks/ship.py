@@ -5,12 +5,10 @@
 ViT-B/16 at 224 pixels with hierarchies from blocks 0, 2, 4, 6, 8, 11 (the released Cifar100 run), preset `released`.
 On a CUDA device everything runs in bf16, and images per second and peak memory are reported too.
 """
-import statistics
-
 import timm
 import torch
 import torch.nn.functional as F
-from engine import arguments, measure
+from engine import arguments, evaluate, measure, peak_memory, report
 from timm.layers import drop_path
 
 from hierprompt.methods.ship_reference import reference_forward
@@ -53,11 +51,6 @@ def cases(args):
             model.eval().drop_path = 0.0
         return run
 
-    def evaluate(features):
-        def run():
-            with torch.inference_mode(): features()
-        return run
-
     engine = lambda: model.loss(images, labels)
     return {
         "timm forward": evaluate(lambda: vit(images)),
@@ -70,34 +63,13 @@ def cases(args):
     }
 
 
-def peak_memory(functions):
-    "GiB that each function needs at most on a CUDA device, weights included."
-    peaks = {}
-    for name, run in functions.items():
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        peaks[name] = torch.cuda.max_memory_allocated() / 2 ** 30
-    return peaks
-
-
-def report(args, times, peaks):
-    "The table: ratios against their bars, and on CUDA images per second and memory."
-    print(f"ViT-B/16, 224 px, batch {args.batch}, {args.tokens} prompts, {args.device}, {args.threads} threads, {args.rounds} rounds")
-    more = " images per second | peak GiB |" if peaks else ""
-    print(f"| what | median seconds | ratio to timm's forward (median of pairs) | bar |{more}\n|---|---|---|---|" + "---|---|" * bool(peaks))
-    for name, seconds in times.items():
-        ratio = statistics.median(s / b for s, b in zip(seconds, times["timm forward"]))
-        more = f" {args.batch / statistics.median(seconds):.0f} | {peaks[name]:.2f} |" if peaks else ""
-        print(f"| {name} | {statistics.median(seconds):.4f} | {ratio:.2f} | {BARS.get(name, '')} |{more}")
-
-
 def main():
     args = arguments(__doc__)
     with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
         functions = cases(args)
         times = measure(functions, args.rounds, args.device)
         peaks = peak_memory(functions) if args.device == "cuda" else {}
-    report(args, times, peaks)
+    report(args, times, "timm forward", BARS, peaks)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,14 @@ def cell_settings(params: dict,   # the content of `params.yaml`
     return dict(profile=profile, variant=variant, task=task, method=row["method"], preset=row["preset"], config={**row["config"], **cell["config"]},
                 head_init=row["head_init"], recipe=to_dict(recipe(row["recipe"], **changes)),
                 grid=row["grid"] if cell["grid"] is None else cell["grid"], train_on=column["train_on"], seeds=row["seeds"] or params["seeds"],
-                threads=params["threads"], data=column, backbone=params["backbone"])
+                threads=params["threads"], data=column, backbone=params["backbone"], keep=row["keep"])
 
 # %% ../nbs/08b_cells.ipynb #156a73cb
 def cell_hash(settings: dict) -> str:  # 16 hexadecimal digits, `config_hash` of `metrics.json`
-    "Digest of a cell's settings without paths, so that it is the same on every machine."
+    "Digest of a cell's settings without paths, so that it is the same on every machine, and without `keep`, which changes no number."
     paths = {"data": "root", "backbone": "file"}
-    return digest({k: {f: v for f, v in value.items() if f != paths[k]} if k in paths else value for k, value in settings.items()})
+    asked = {k: value for k, value in settings.items() if k != "keep"}
+    return digest({k: {f: v for f, v in value.items() if f != paths[k]} if k in paths else value for k, value in asked.items()})
 
 def cell_candidates(settings: dict) -> tuple[Candidate, list[Candidate]]:
     "What the final training uses if nothing is chosen, and what to choose from on the validation split: none where there is nothing to choose."

@@ -37,12 +37,13 @@ class BlockView:
     def linear(self, site: str,  # "qkv", "proj", "fc1" or "fc2"
                x: Tensor,        # (B, n, in)
                part: str = "qkv",  # for the site "qkv" only: which rows
+               bias: Tensor | None = None,  # (out,) in place of the map's own
               ) -> Tensor:       # (B, n, out)
         "One of the block's linear maps, or for `qkv` the asked rows of it."
-        layer = self.sites[site]
-        if site != "qkv" or part == "qkv": return layer(x)
-        rows = self.rows(part)
-        return F.linear(x, layer.weight[rows], None if layer.bias is None else layer.bias[rows])
+        layer, rows = self.sites[site], self.rows(part) if site == "qkv" else slice(None)
+        if bias is None and rows == slice(None): return layer(x)
+        bias = layer.bias if bias is None else bias
+        return F.linear(x, layer.weight[rows], None if bias is None else bias[rows])
 
     def heads(self, x: Tensor  # (B, n, k * width): k of query, key, value side by side
              ) -> tuple:       # k tensors (B, heads, n, head_dim)
@@ -81,6 +82,8 @@ class TimmViT(nn.Module):
     num_prefix_tokens = property(lambda self: self.vit.num_prefix_tokens, doc="Class token and registers.")
     has_class_token = property(lambda self: self.vit.has_class_token, doc="Whether the first token stands for the image.")
     patch_size = property(lambda self: self.vit.patch_embed.patch_size, doc="(height, width) of a patch in pixels.")
+    image_size = property(lambda self: None if self.vit.dynamic_img_size else self.vit.patch_embed.img_size,
+                          doc="(height, width) in pixels that it was built for; None: multiples of the patch size.")
     default_cfg = property(lambda self: self.vit.pretrained_cfg, doc="timm's facts about the weights: mean, std, tag.")
 
     @property

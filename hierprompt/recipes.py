@@ -33,6 +33,7 @@ class Recipe:
     epochs: int = 100                           # passes over the training images
     batch_size: int = 64                        # images per update
     drop_last: bool = False                     # leave out the last incomplete batch of each epoch (NOAH)
+    samples_per_class: Optional[int] = None     # images of each class of a batch (DA-VPT: 2); None: batches of any classes
     warmup_epochs: int = 10                     # linear warm-up
     warmup_lr: float = 0.0                      # rate at step 0 of the warm-up, absolute: 0 in VPT, 1e-6 in NOAH
     min_lr: float = 0.0                         # where the cosine ends, absolute: 0 in VPT, 1e-5 in NOAH
@@ -54,6 +55,11 @@ class Recipe:
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs = {self.warmup_epochs} must be below epochs = {self.epochs}: "
                              f"a shorter run needs a shorter warm-up, e.g. warmup_epochs={self.epochs // 10}")
+        if self.samples_per_class and self.batch_size % self.samples_per_class:
+            raise ValueError(f"batch_size = {self.batch_size} is no multiple of samples_per_class = {self.samples_per_class}: use "
+                             f"batch_size={-(-self.batch_size // self.samples_per_class) * self.samples_per_class}, or another samples_per_class")
+        if self.samples_per_class and not self.drop_last:
+            raise ValueError(f"samples_per_class = {self.samples_per_class} with drop_last = False: batches by class are whole ones, use drop_last=True")
         if self.decay == "released_adamw" and (self.optimizer, self.head_lr, self.head_weight_decay) != ("adamw", None, None):
             raise ValueError("decay = 'released_adamw' belongs to optimizer='adamw' without head_lr and head_weight_decay")
 
@@ -67,7 +73,7 @@ def _check(name: str, kind, value) -> None:
     if value is None or kind in (bool, str) or isinstance(value, str): return
     if name in ("drop_path", "label_smoothing") and not 0 <= value < 1:
         raise ValueError(f"Recipe.{name} = {value} must lie in [0, 1)")
-    if name in ("lr", "lr_batch", "head_lr", "clip_value", "epochs", "batch_size", "eval_batch_size"):
+    if name in ("lr", "lr_batch", "head_lr", "clip_value", "epochs", "batch_size", "eval_batch_size", "samples_per_class"):
         if not value > 0: raise ValueError(f"Recipe.{name} = {value} must be positive")
     elif not value >= 0: raise ValueError(f"Recipe.{name} = {value} must not be negative")
 
@@ -76,6 +82,10 @@ _NOAH = Recipe(optimizer="adamw", decay="matrices", lr=1e-3, lr_batch=None, weig
                warmup_lr=1e-6, min_lr=1e-5, warmup_prefix=False, drop_path=0.1, test_every=10)  # 1.6, 3.9, 3.1
 _FULL = Recipe(optimizer="adamw", decay="matrices", lr=1e-3, weight_decay=1e-4, warmup_epochs=5)                  # 1.1, paper's batch
 
+_DA_VPT = Recipe(optimizer="adamw", decay="matrices", lr=1e-3, lr_batch=None, weight_decay=0.01, head_weight_decay=3.0,   # DA-VPT spec 3.1, 3.5
+                 batch_size=32, drop_last=True, samples_per_class=2, clip_value=10.0, test_every=10,                      # 3.1, 3.3; looks as NOAH
+                 warmup_epochs=10, warmup_lr=1e-8, min_lr=1e-9, warmup_prefix=False, schedule_on="update")                # 3.2
+
 RECIPES = {
     "vpt": Recipe(),                                                           # baselines spec 1.4, 1.5
     "vpt_linear": Recipe(batch_size=1024),                                     # 1.2
@@ -83,6 +93,8 @@ RECIPES = {
     "vpt_full_released": replace(_FULL, batch_size=384, decay="released_adamw"),  # 1.1, 3.2
     "noah": _NOAH,
     "noah_released": replace(_NOAH, schedule_lag=1),                           # SHIP spec 4
+    "da_vpt": _DA_VPT,
+    "da_vpt_paper": replace(_DA_VPT, min_lr=1e-8, samples_per_class=None, head_weight_decay=None),  # DA-VPT spec 1.14: D19, D20, D22
 }
 
 VPT_SEEDS = (42, 44, 82, 100, 800)   # the five final runs of VPT (baselines spec 1.5)
@@ -141,9 +153,10 @@ def _released_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     decay = 0.01 if weight_decay > 0 else 0.0
     return [{"params": decayed, "weight_decay": decay}, {"params": free, "weight_decay": 0.0}]
 
-# %% ../nbs/06a_recipes.ipynb #8abf36a3
+# %% ../nbs/06a_recipes.ipynb #54341356
 _SGD_RATES = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
 _DECAYS = (1e-2, 1e-3, 1e-4, 0.0)
+_DA_VPT_LAYERS = tuple(list(range(max(first - 1, 0), 12)) for first in (12, 10, 8, 6, 4, 2, 0))   # Table 5's first guided layers, of 12 blocks
 GRIDS = {
     "vpt": {"lr": _SGD_RATES, "weight_decay": _DECAYS},                                      # baselines spec 1.4, VTAB
     "vpt_fgvc": {"lr": _SGD_RATES[:-1], "weight_decay": _DECAYS},                            # 1.4, FGVC
@@ -151,6 +164,8 @@ GRIDS = {
     "vpt_linear_mae": {"lr": _SGD_RATES + (0.025, 0.005, 0.0025), "weight_decay": _DECAYS},  # 1.2, MAE backbone
     "vpt_full": {"lr": (5e-3, 1e-3, 5e-4, 1e-4), "weight_decay": _DECAYS},                   # 1.1
     "ship": {"config.threshold": (0.93, 0.95, 0.97), "config.num_tokens": (10, 50, 100)},    # SHIP spec 4: thresholds and lengths among its winners
+    "da_vpt": {"lr": (1e-3, 5e-4, 1e-4, 5e-5), "weight_decay": (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0)},  # DA-VPT Table 5 (its spec 3.5)
+    "da_vpt_prompts": {"config.num_guided": (5, 10, 20, 40), "config.guided_layers": _DA_VPT_LAYERS},       # the same table
 }
 METHOD_AXIS = "config."   # how the name of an axis begins that is no field of `Recipe` but one of the method's configuration
 

@@ -49,6 +49,7 @@ class Metrics:
     seconds: float             # training time of all seeds together
     images_per_second: float   # training rate
     peak_memory_mb: float | None  # peak memory in MB; null where it cannot be measured
+    device: str                # where it was trained: "cpu", or the GPU's name
     config: dict               # resolved settings of the method
     recipe: dict               # resolved settings of training
     preprocess: dict           # resolved settings of `Preprocess`
@@ -116,7 +117,7 @@ def example_metrics(variant: str = "linear",  # also names the method
         profile="example", variant=variant, method=variant, task=task, group=group, protocol="made up for a lesson",
         acc=list(acc), acc_best_test=[a + gap for a in acc], num_test_evaluations=10, seeds=list(range(len(acc))),
         parameters={"prompts": 0, "other": 0, "head": 3850, "with_head": 3850, "without_head": 0}, macs=380_000_000,
-        seconds=1.0, images_per_second=100.0, peak_memory_mb=None,
+        seconds=1.0, images_per_second=100.0, peak_memory_mb=None, device="cpu",
         config={}, recipe={"epochs": 10}, preprocess={}, data={"origin": "made up"},
         backbone={"name": "example", "sha256": "0" * 64}, config_hash="0" * 16)
     return Metrics(**values | changes)

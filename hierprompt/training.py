@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'image_size', 'autocast', 'evaluate', 'evaluation_view', 'check_split', 'Resident', 'features_suffice',
-           'make_resident', 'Trainer', 'seeded', 'fit', 'tensor_digest', 'code_digest', 'Trials', 'select', 'run_seeds']
+           'make_resident', 'class_batches', 'Trainer', 'seeded', 'fit', 'tensor_digest', 'code_digest', 'Trials',
+           'select', 'run_seeds']
 
 # %% ../nbs/06_training.ipynb #cf75bbd0
 import hashlib
@@ -23,6 +24,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from .core import digest, from_dict, read_json, rng, rng_seed, sha256_file, to_dict, write_json
@@ -30,14 +32,15 @@ from .data.preprocess import augment, center_crop
 from .data.tasks import Split
 from .history import History
 from .recipes import Candidate, Recipe, build_optimizer, recipe as as_recipe, schedule, set_rate
+from .tuned import method_modules
 
 # %% ../nbs/06_training.ipynb #e692c1ec
 MARGIN = 1.5  # stored images may exceed the model's size by this factor; the published protocols store 256 for 224
 
 def image_size(model, split: Split) -> int:
     "The side of the images that the model sees, in pixels; images much larger or smaller than that raise `ValueError`."
-    stored, embed = split.images.shape[-1], model.host.vit.patch_embed
-    size = stored if embed.img_size is None or not embed.strict_img_size else embed.img_size[0]
+    stored, built_for = split.images.shape[-1], model.host.image_size
+    size = stored if built_for is None else built_for[0]
     if not size <= stored <= MARGIN * size:
         raise ValueError(f"images of {stored} px do not fit a model of {size} px: load the task with image_size={size}")
     return size
@@ -120,11 +123,35 @@ def _features(model, images: Tensor, recipe: Recipe) -> Tensor:
     return torch.cat(parts)   # outside inference_mode: an ordinary tensor, which the classifier's gradient may keep
 
 # %% ../nbs/06_training.ipynb #a161504f
+def class_batches(labels: Tensor,          # (N,) int64
+                  batch_size: int,         # a multiple of samples_per_class, at most N
+                  samples_per_class: int,  # images of each class of a batch
+                  generator: torch.Generator,
+                 ) -> Tensor:              # (N // batch_size, batch_size): rows, those of one class side by side
+    "One epoch of batches with as many different classes as they have room for; sizes that do not fit raise `ValueError`."
+    if not 0 < samples_per_class <= batch_size <= len(labels) or batch_size % samples_per_class:
+        raise ValueError(f"{len(labels)} images make no batch of {batch_size} with {samples_per_class} images per class: use a batch_size "
+                         "that is a multiple of samples_per_class and no larger than the images")
+    _, sizes = torch.unique(labels, return_counts=True)   # classes without images do not take part
+    members = pad_sequence(labels.argsort(stable=True).split(sizes.tolist()), batch_first=True)   # (classes, largest size) rows
+    slots = batch_size // samples_per_class
+    return torch.stack([_class_batch(members, sizes, slots, samples_per_class, generator) for _ in range(len(labels) // batch_size)])
+
+def _class_batch(members: Tensor, sizes: Tensor, slots: int, samples_per_class: int, generator: torch.Generator) -> Tensor:
+    "(slots * samples_per_class,) rows of `members` (classes, padded), of which the first `sizes` count."
+    drawn = torch.randperm(len(sizes), generator=generator)[:slots]
+    keys = torch.rand(len(drawn), members.shape[1], generator=generator)
+    shuffled = keys.masked_fill_(torch.arange(members.shape[1]) >= sizes[drawn, None], 2).argsort(1)   # padding last
+    slot, lap = torch.arange(slots) % len(drawn), torch.arange(slots) // len(drawn)
+    place = (lap[:, None] * samples_per_class + torch.arange(samples_per_class)) % sizes[drawn[slot], None]
+    return members[drawn[slot]].gather(1, shuffled[slot].gather(1, place)).flatten()
+
+# %% ../nbs/06_training.ipynb #792eb45e
 class Trainer:
     "One training run over resident data; `epoch(e)` trains one epoch and returns its mean losses."
     def __init__(self, model, data: Resident, recipe: Recipe, seed: int):
         self.model, self.data, self.recipe = model, data, recipe
-        self.sampler, self.augmenter = rng(seed, "sampler"), rng(seed, "augment")
+        self.sampler, self.augmenter, self.labels = rng(seed, "sampler"), rng(seed, "augment"), data.labels.cpu()
         self.optimizer = build_optimizer(model, recipe)
         self.scheduler = schedule(self.optimizer, recipe, len(self._batches(torch.arange(len(data.labels)))))
         self.losses = _loss_function(model, recipe)
@@ -137,11 +164,17 @@ class Trainer:
         whole = len(order) - len(order) % self.recipe.batch_size
         return order[:whole if self.recipe.drop_last else None].split(self.recipe.batch_size)
 
+    def _draw(self) -> Sequence[Tensor]:
+        "The rows of each batch of an epoch: all images in random order, or classes as `recipe.samples_per_class` says."
+        if self.recipe.samples_per_class is None:
+            return self._batches(torch.randperm(len(self.labels), generator=self.sampler).to(self.model.device))
+        return class_batches(self.labels, self.recipe.batch_size, self.recipe.samples_per_class, self.sampler).to(self.model.device)
+
     def epoch(self, epoch: int) -> dict[str, float]:
         "The epoch's mean `loss`, and `aux_loss` in it; `FloatingPointError` when the loss or a weight is not finite."
         self.model.train()
-        order, total, seen = torch.randperm(len(self.data.labels), generator=self.sampler), 0.0, 0
-        for rows in self._batches(order.to(self.model.device)):
+        total, seen = 0.0, 0
+        for rows in self._draw():
             total, seen = total + self._update(epoch, rows) * len(rows), seen + len(rows)
         self.model.after_epoch(epoch)
         self.images_seen += seen
@@ -213,7 +246,7 @@ def _fit(model, splits: dict[str, Split], recipe: Recipe, seed: int, device, pro
     if model.device.type == "cuda": torch.cuda.reset_peak_memory_stats(model.device)
     model.drop_path = recipe.drop_path
     splits = {name: _on_device(model, split, name, memo) for name, split in splits.items()}
-    with seeded(seed, "kmeans", model.device): model.prepare(evaluation_view(model, splits["train"]), splits["train"].labels)
+    _prepare(model, splits["train"], recipe, seed)
     trainer, prepared = Trainer(model, _resident(model, splits, "train", recipe, memo), recipe, seed), time.perf_counter() - start
     data = {name: _resident(model, splits, name, recipe, memo) for name in splits}
     with seeded(seed, "dropout", model.device): rows, updating = _epochs(trainer, data, progress)
@@ -221,6 +254,13 @@ def _fit(model, splits: dict[str, Split], recipe: Recipe, seed: int, device, pro
     seconds = prepared + updating
     return History(rows, model.method, recipe, seed, str(model.device), seconds, time.perf_counter() - start,
                    trainer.images_seen / seconds, _peak_memory_mb(model.device))
+
+def _prepare(model, train: Split, recipe: Recipe, seed: int) -> None:
+    "Shows the model its training images; it may draw some of them as training sees them."
+    view, generator = evaluation_view(model, train), rng(rng_seed(seed, "kmeans"), "augment")
+    def draw(rows: Tensor) -> Tensor:
+        return view[rows] if recipe.augment == "none" else augment(train.images[rows], recipe.augment, view.shape[-1], generator)
+    with seeded(seed, "kmeans", model.device): model.prepare(view, train.labels, draw)
 
 def _check(model, splits: dict[str, Split], recipe: Recipe) -> None:
     "What can be known before training: labels, and that there is a batch."
@@ -279,9 +319,8 @@ def tensor_digest(tensors: Sequence[Tensor]) -> str:  # 64 hexadecimal digits
 
 def code_digest(model) -> str:  # 16 hexadecimal digits
     "Hash of the sources that train `model`, its method's included, and of the libraries' versions."
-    parts = {type(module).__module__ for module in model.modules()}
-    names = {f"hierprompt.{name}" for name in ("core", "data.preprocess", "recipes", "training")}
-    names |= {name for name in parts if name.startswith("hierprompt.")}
+    names = {f"hierprompt.{name}" for name in ("core", "data.preprocess", "engine", "hosts", "recipes", "training", "tuned")}
+    names |= {f"hierprompt.methods.{name}" for name in method_modules(model.method)}
     sources = [sha256_file(find_spec(name).origin) for name in sorted(names)]
     return digest([*sources, *map(version, ("torch", "timm", "scikit-learn"))])
 

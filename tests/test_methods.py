@@ -14,9 +14,10 @@ METHODS = list_methods()
 CASES = [(m, p) for m in METHODS for p in tuner_class(m).presets]
 LABELS = torch.arange(6) % 3
 AT_IDENTITY = {"linear", "full", "bias", "lora"}
-WITH_BUFFERS = {"ship"}
+WITH_BUFFERS = {"ship", "da_vpt", "da_vpt_ship"}
 # settings that six images of 5 or 17 tokens allow, for methods whose defaults want more
-TEST_SETTINGS = {"ship": dict(num_tokens=4, num_shared=2, num_attributes=3, num_prototypes=5, num_matching=4, threshold=1.0)}
+_SHIP = dict(num_tokens=4, num_shared=2, num_attributes=3, num_prototypes=5, num_matching=4, threshold=1.0)
+TEST_SETTINGS = {"ship": _SHIP, "da_vpt_ship": _SHIP | dict(num_guided=3)}
 
 
 def other_vit():
@@ -27,7 +28,7 @@ def other_vit():
 
 def ready(model, images, labels=LABELS):
     "The model, after it has seen the training images that it asks for."
-    if not model.tuner.prepared: model.prepare(images, labels)
+    model.prepare(images, labels)
     return model
 
 
@@ -81,7 +82,8 @@ def test_save_and_load(method, preset, vit, images, tmp_path):
     logits = model(images)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "tuned.safetensors")
-    learnt = sum(b.numel() for b in model.tuner.buffers())                                   # prototypes and the like
+    trained = dict(model.tuner.named_parameters())
+    learnt = sum(t.numel() for n, t in model.tuner.state_dict().items() if n not in trained)           # prototypes, maps and the like
     assert sum(t.numel() for t in tensors.values()) == count_parameters(model)["with_head"] + learnt   # nothing of a frozen backbone
     assert (learnt > 0) == (method in WITH_BUFFERS)
     assert {p.name for p in tmp_path.iterdir()} == {"tuned.safetensors", "config.json"}

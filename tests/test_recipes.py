@@ -5,8 +5,10 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from hierprompt.backbones import load_backbone
 from hierprompt.core import digest, from_dict, to_dict
 from hierprompt.recipes import Candidate, GRIDS, RECIPES, VPT_SEEDS, Recipe, build_optimizer, grid, learning_rates, recipe, schedule, set_rate
+from hierprompt.tuned import tune
 
 
 def cosine(t, total): return 0.5 * (1 + math.cos(math.pi * t / total))
@@ -29,6 +31,17 @@ def test_published_presets():
     assert VPT_SEEDS == (42, 44, 82, 100, 800)
 
 
+def test_da_vpt_presets():
+    "DA-VPT spec 3.1-3.3, and D19, D20, D22 of its 1.14."
+    released, paper = recipe("da_vpt"), recipe("da_vpt_paper")
+    assert (released.optimizer, released.scaled(released.lr), released.batch_size, released.epochs, released.warmup_epochs) == ("adamw", 1e-3, 32, 100, 10)
+    assert (released.samples_per_class, released.drop_last, released.clip_value, released.drop_path, released.schedule_on) == (2, True, 10.0, 0.0, "update")
+    assert (released.weight_decay, released.head_weight_decay, released.decay, released.min_lr) == (0.01, 3.0, "matrices", 1e-9)
+    changed = {f.name for f in fields(Recipe) if getattr(released, f.name) != getattr(paper, f.name)}
+    assert changed == {"min_lr", "samples_per_class", "head_weight_decay"}
+    assert (paper.min_lr, paper.samples_per_class, paper.head_weight_decay) == (1e-8, None, None)
+
+
 @pytest.mark.parametrize("changes, error, message", [
     ({"optimizer": "lion"}, ValueError, "optimizer"),
     ({"augment": "flop"}, ValueError, "augment"),
@@ -44,6 +57,11 @@ def test_published_presets():
     ({"drop_path": 1.0}, ValueError, r"\[0, 1\)"),
     ({"label_smoothing": -0.1}, ValueError, r"\[0, 1\)"),
     ({"clip_value": 0.0}, ValueError, "clip_value"),
+    ({"samples_per_class": 0, "drop_last": True}, ValueError, "samples_per_class = 0 must be positive"),
+    ({"samples_per_class": 2.0, "drop_last": True}, TypeError, "not of type"),
+    ({"samples_per_class": 3, "drop_last": True}, ValueError, "batch_size = 64 is no multiple of samples_per_class = 3: use batch_size=66"),
+    ({"samples_per_class": 128, "drop_last": True}, ValueError, "use batch_size=128"),
+    ({"samples_per_class": 2}, ValueError, "samples_per_class = 2 with drop_last = False: .* use drop_last=True"),
     ({"test_every": -1}, ValueError, "test_every"),
     ({"decay": "released_adamw"}, ValueError, "adamw"),
     ({"momentum": 0.9}, TypeError, "unknown key 'momentum'"),
@@ -78,15 +96,18 @@ def test_noah_schedule(lag, first):
     assert rates == pytest.approx([rate(max(0, e + first)) for e in range(100)], rel=1e-12)
 
 
-def test_schedule_per_update():
-    "DA-VPT: first step at 1e-8, 0.9755 of the rate after the warm-up, close to min_lr at the end (its spec 3.2)."
-    r = recipe("noah", lr=1e-3, schedule_on="update", warmup_lr=1e-8, min_lr=1e-9, schedule_lag=0)
-    updates = 30
+@pytest.mark.parametrize("name, lowest", [("da_vpt", 1e-9), ("da_vpt_paper", 1e-8)])
+@pytest.mark.parametrize("updates", [1, 25, 30])
+def test_schedule_per_update(name, lowest, updates):
+    "DA-VPT: first step at 1e-8, 0.9755 of the rate after the warm-up, min_lr one step after the last (its spec 3.2)."
+    r, warmup, total = recipe(name), 10 * updates, 100 * updates
     rates = learning_rates(r, updates)
-    assert len(rates) == 3000 and rates[0] == pytest.approx(1e-8)
-    assert rates[300] == pytest.approx(0.9755e-3, rel=1e-4)
-    want = [1e-8 + t * (1e-3 - 1e-8) / 300 if t < 300 else 1e-9 + (1e-3 - 1e-9) * cosine(t, 3000) for t in range(3000)]
-    assert rates == pytest.approx(want, rel=1e-12)
+    assert len(rates) == total and rates[0] == pytest.approx(1e-8, rel=1e-12) and rates[warmup] == pytest.approx(0.9755e-3, rel=1e-4)
+    want = [1e-8 + t * (1e-3 - 1e-8) / warmup if t < warmup else lowest + (1e-3 - lowest) * cosine(t, total) for t in range(total)]
+    assert rates == pytest.approx(want, rel=1e-12, abs=1e-18)
+    optimizer = torch.optim.SGD([torch.zeros(())], lr=1e-3)
+    set_rate(schedule(optimizer, r, updates), r, 100, total)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(lowest, rel=1e-12)
 
 
 def test_schedule_per_epoch_is_constant_within_an_epoch():
@@ -138,12 +159,33 @@ def test_released_adamw_decay(asked, used):
     assert {id(p) for p in free["params"]} == {id(model.norm1.bias), id(model.head.bias)}
 
 
-@pytest.mark.parametrize("name, size", [("vpt", 40), ("vpt_fgvc", 36), ("vpt_linear", 40), ("vpt_linear_mae", 52), ("vpt_full", 16), ("ship", 9)])
+@pytest.mark.parametrize("method", ["vpt_deep", "bias", "full"])
+def test_da_vpt_groups(method):
+    "Vectors do not decay, the head's weight does strongly, all else moderately; every trained tensor is in one group (DA-VPT spec 3.1)."
+    model = tune(load_backbone("tiny_random"), method, num_classes=4)
+    groups = build_optimizer(model, recipe("da_vpt")).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(decay) == len(model.trainable()) and {group["lr"] for group in groups} == {1e-3}
+    for name, p in model.trainable().items():
+        assert decay[id(p)] == (0.0 if p.ndim <= 1 else 3.0 if name == "head.weight" else 0.01), name
+
+
+GRID_SIZES = {"vpt": 40, "vpt_fgvc": 36, "vpt_linear": 40, "vpt_linear_mae": 52, "vpt_full": 16, "ship": 9, "da_vpt": 28, "da_vpt_prompts": 28}
+
+
+@pytest.mark.parametrize("name, size", GRID_SIZES.items())
 def test_grids(name, size):
     trials = grid("vpt", **GRIDS[name])
     assert len(trials) == len({digest(t.settings) for t in trials}) == size
     rates = [t.recipe.lr for t in trials]
     assert rates == sorted(rates)
+
+
+def test_da_vpt_searches_every_first_layer_of_its_table():
+    "Printed as 12, 10, 8, 6, 4, 2, 0, counted from 1 of 12 blocks; 0 is all of them."
+    layers = GRIDS["da_vpt_prompts"]["config.guided_layers"]
+    assert [(blocks[0], len(blocks)) for blocks in layers] == [(11, 1), (9, 3), (7, 5), (5, 7), (3, 9), (1, 11), (0, 12)]
+    assert all(blocks == list(range(blocks[0], 12)) for blocks in layers)
 
 
 def test_a_grid_over_the_method_s_own_settings():

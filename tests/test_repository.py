@@ -10,10 +10,12 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from hierprompt.profiles import differences, load_profile, read_yaml, resolve
+from hierprompt.profiles import SLOTS, differences, load_profile, read_yaml, resolve
+from hierprompt.tuned import METHODS, method_modules
 
 ROOT = Path(__file__).parents[1]
 STAGES = read_yaml(ROOT/"dvc.yaml")["stages"]
+PROFILES = sorted(path.stem for path in (ROOT/"profiles").glob("*.yaml"))
 
 
 def settings():
@@ -54,7 +56,7 @@ def test_params_are_the_laptop_profile():
     assert not wrong, f"run `python -m hierprompt.pipeline profile laptop`; params.yaml differs in {wrong}"
 
 
-@pytest.mark.parametrize("name", ["smoke", "laptop", "reference", "paper"])
+@pytest.mark.parametrize("name", PROFILES)
 def test_profiles_resolve(name):
     params = resolve(load_profile(name, ROOT/"profiles"))
     assert params["profile"] == name
@@ -68,9 +70,11 @@ def test_run_notebooks_have_one_parameters_cell(notebook):
 
 
 def imported(source):
-    "Modules of this package that a source imports, as dotted names."
+    "Modules of this package that a source imports, as dotted names; of names that it imports, those that are no modules too."
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hierprompt."): yield node.module
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hierprompt":
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def module_file(name): return "/".join(name.split(".")) + ".py"
@@ -83,6 +87,7 @@ def relative(path):
     for dots in range(depth, 0, -1):
         package = ".".join(path.relative_to(ROOT).parts[:depth - dots + 1])
         text = re.sub(rf"^(\s*from ){re.escape('.' * dots)}(?=\w)", rf"\1{package}.", text, flags=re.MULTILINE)
+        text = re.sub(rf"^(\s*from ){re.escape('.' * dots)}(?= )", rf"\1{package}", text, flags=re.MULTILINE)
     return text
 
 
@@ -114,13 +119,16 @@ def modules_of(stage):
 WRITERS = {"hierprompt/results.py"}   # it only writes what a run has found: its changes make no run stale
 
 
-@pytest.mark.parametrize("stage, notebooks, unwanted", [
-    ("backbone", ["nbs/runs/backbone.ipynb"], set()), ("run", ["nbs/runs/run.ipynb"], WRITERS), ("table", TABLES, set())])
-def test_stages_depend_on_exactly_the_modules_they_import(stage, notebooks, unwanted):
-    assert modules_of(stage) == needed(*notebooks) - unwanted
+LOADED = {f"hierprompt/methods/{name}.py" for name in method_modules("da_vpt")}   # by `load_tuned`, for the models of DA-VPT's Fig. 3
 
 
-@pytest.mark.parametrize("name", ["smoke", "laptop", "reference", "paper"])
+@pytest.mark.parametrize("stage, notebooks, unwanted, loaded", [
+    ("backbone", ["nbs/runs/backbone.ipynb"], set(), set()), ("run", ["nbs/runs/run.ipynb"], WRITERS, set()), ("table", TABLES, set(), LOADED)])
+def test_stages_depend_on_exactly_the_modules_they_use(stage, notebooks, unwanted, loaded):
+    assert modules_of(stage) == needed(*notebooks) - unwanted | loaded
+
+
+@pytest.mark.parametrize("name", PROFILES)
 def test_every_table_has_its_notebook(name):
     tables = [t["table"] for t in resolve(load_profile(name, ROOT/"profiles"))["tables"].values()]
     assert {f"nbs/tables/{table}.ipynb" for table in tables} <= set(TABLES)
@@ -138,10 +146,18 @@ def test_data_stages_depend_on_all_that_loads_their_task_and_on_no_other_rendere
         assert all((ROOT/file).is_file() for file in own)
 
 
-@pytest.mark.parametrize("method", sorted((ROOT/"hierprompt"/"methods").glob("[a-z]*.py")), ids=lambda p: p.stem)
-def test_a_method_needs_nothing_that_its_runs_do_not_depend_on(method):
-    own = set(imported(relative(method)))
-    assert {module_file(name) for name in own} <= set(STAGES["run"]["do"]["deps"])
+def test_the_run_stage_has_a_line_for_each_module_of_a_method():
+    lines = [dep for dep in STAGES["run"]["do"]["deps"] if "modules" in dep]
+    assert lines == [f"hierprompt/methods/${{item.modules[{i}]}}.py" for i in range(SLOTS)]
+    assert all(len(cell["modules"]) == SLOTS for cell in read_yaml(ROOT/"params.yaml")["cells"].values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_runs_depend_on_what_their_method_uses_and_on_no_other_method(method):
+    own = {f"hierprompt/methods/{name}.py" for name in method_modules(method)}
+    used = behind([f"hierprompt.methods.{METHODS[method].split('.')[0]}"])
+    assert own == {file for file in used if file.startswith("hierprompt/methods/")}
+    assert used - own <= modules_of("run")
 
 
 def test_git_holds_no_large_file():

@@ -13,7 +13,7 @@ from hierprompt.backbones import load_backbone
 from hierprompt.core import from_dict, read_json, rng, to_dict
 from hierprompt.data.tasks import Split
 from hierprompt.recipes import Candidate, Recipe, grid, learning_rates, recipe
-from hierprompt.training import History, Trainer, evaluate, fit, make_resident, run_seeds, select, tensor_digest
+from hierprompt.training import History, Trainer, class_batches, evaluate, fit, make_resident, run_seeds, select, tensor_digest
 from hierprompt.tuned import tune
 
 QUICK = recipe("vpt", lr=0.2, epochs=3, warmup_epochs=0, batch_size=16)
@@ -134,7 +134,7 @@ def test_rates_follow_the_recipe(vit, unit):
 
 def test_hooks_are_called_in_order(vit):
     model, calls = tune(vit, "vpt_deep", num_classes=4), []
-    model.prepare = lambda images, labels: calls.append(("prepare", tuple(images.shape), images.dtype, torch.rand(1).item()))
+    model.prepare = lambda images, labels, draw: calls.append(("prepare", tuple(images.shape), images.dtype, torch.rand(1).item()))
     model.after_step = lambda step: calls.append(("step", step))
     model.after_epoch = lambda epoch: calls.append(("epoch", epoch))
     quiet(model, TRAIN, recipe=recipe(QUICK, epochs=2), seed=3)
@@ -182,6 +182,99 @@ def test_progress_bar_is_one_line_or_nothing(vit, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+# --- batches by class ---
+
+def batches_of(labels, batch_size, samples_per_class, seed=0):
+    "The rows of an epoch and their labels, both (batches, slots, samples_per_class)."
+    labels = torch.as_tensor(labels)
+    rows = class_batches(labels, batch_size, samples_per_class, torch.Generator().manual_seed(seed))
+    assert rows.shape == (len(labels) // batch_size, batch_size) and rows.dtype == torch.int64
+    rows = rows.view(len(rows), -1, samples_per_class)
+    return rows, labels[rows]
+
+
+def shuffled(*sizes):
+    "Labels 0, 3, 6, ... of so many images each, in random order; the classes between them have none."
+    labels = (3 * torch.arange(len(sizes))).repeat_interleave(torch.tensor(sizes))
+    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
+
+
+@pytest.mark.parametrize("labels", [torch.arange(1000) % 47, shuffled(*[20] * 16), shuffled(*range(2, 40)), torch.arange(200) % 100], ids=["47", "16", "uneven", "100"])
+def test_a_batch_has_sixteen_classes_and_two_images_of_each(labels):
+    rows, classes = batches_of(labels, 32, 2)
+    assert torch.equal(classes[..., 0], classes[..., 1])
+    assert all(len(set(batch)) == 16 for batch in classes[..., 0].tolist())
+    assert all(len(set(batch)) == 32 for batch in rows.flatten(1).tolist())
+
+
+@pytest.mark.parametrize("sizes, counts", [((40, 40, 40, 40), [4, 4, 4, 4]), ((30, 50, 20), [5, 5, 6]), ((90,), [16]), ((9,) * 10, [1] * 4 + [2] * 6)])
+def test_classes_repeat_only_when_there_are_too_few(sizes, counts):
+    "Evenly, and with other images of the class while it has some."
+    rows, classes = batches_of(shuffled(*sizes), 32, 2)
+    assert torch.equal(classes[..., 0], classes[..., 1])
+    for batch, classes_of_batch in zip(rows.flatten(1).tolist(), classes[..., 0]):
+        assert sorted(classes_of_batch.unique(return_counts=True)[1].tolist()) == counts
+        assert len(set(batch)) == 32
+
+
+def test_images_repeat_only_when_a_class_has_too_few():
+    labels = shuffled(1, 2, 3, 7, 60)
+    rows, _ = batches_of(labels, 20, 4)
+    sizes = labels.bincount()
+    for batch in rows:
+        for own in batch:
+            size = sizes[labels[own[0]]].item()
+            assert sorted(own.unique(return_counts=True)[1].tolist()) == {1: [4], 2: [2, 2], 3: [1, 1, 2]}.get(size, [1] * 4)
+
+
+def test_batches_by_class_depend_on_the_generator_alone():
+    labels = torch.arange(1000) % 47
+    first = batches_of(labels, 32, 2)[0]
+    torch.manual_seed(5)
+    assert torch.equal(first, batches_of(labels, 32, 2)[0]) and not torch.equal(first, batches_of(labels, 32, 2, seed=1)[0])
+    generator = torch.Generator().manual_seed(0)
+    epochs = [class_batches(labels, 32, 2, generator) for _ in range(2)]
+    assert torch.equal(epochs[0], first.flatten(1)) and not torch.equal(*epochs)
+
+
+def test_every_class_and_every_image_of_it_is_as_likely_as_any_other():
+    labels = shuffled(2, 4, 6, 8, 10, 10)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([class_batches(labels, 6, 2, generator) for _ in range(1000)]).flatten().bincount(minlength=40)   # 1000 * 6 batches of 3 classes
+    share = drawn * labels.bincount()[labels] / (6000 * 6)   # the share of its class if all its images were drawn as often
+    assert share == pytest.approx(1 / 6, rel=0.2)            # five standard deviations of the rarest images
+
+
+@pytest.mark.parametrize("batch_size, samples_per_class", [(33, 2), (42, 2), (2, 4), (0, 1), (4, 0), (4, -2)])
+def test_batches_by_class_that_cannot_be(batch_size, samples_per_class):
+    with pytest.raises(ValueError, match=f"40 images make no batch of {batch_size} with {samples_per_class} images per class"):
+        class_batches(TRAIN.labels, batch_size, samples_per_class, torch.Generator())
+
+
+@pytest.mark.parametrize("method", ["linear", "vpt_deep"])   # on features, on images
+def test_a_recipe_with_samples_per_class_trains_on_batches_by_class(vit, method):
+    model, r = tune(vit, method, num_classes=4), recipe("da_vpt", epochs=2, warmup_epochs=1, batch_size=6)
+    data = make_resident(model, TRAIN, r, True)
+    trainer, seen = Trainer(model, data, r, seed=3), []
+    losses = trainer.losses
+    trainer.losses = lambda x, y: seen.append((x.clone(), y.clone())) or losses(x, y)
+    rates = []
+    for epoch in range(2):
+        trainer.epoch(epoch)
+        rates.append(trainer.lr)
+    generator = rng(3, "sampler")
+    want = torch.cat([class_batches(TRAIN.labels, 6, 2, generator) for _ in range(2)])
+    assert trainer.updates == len(want) == 12 and trainer.images_seen == 72
+    assert all(torch.equal(x, data.inputs[rows]) and torch.equal(y, data.labels[rows]) for (x, y), rows in zip(seen, want, strict=True))
+    assert rates == pytest.approx([learning_rates(r, 6)[u] for u in (5, 11)])
+
+
+def test_training_on_batches_by_class_is_bitwise_repeatable(vit):
+    r = recipe("da_vpt", epochs=2, warmup_epochs=1, batch_size=8, lr=1e-2)
+    a, b, plain = (quiet(tune(vit, "vpt_deep", num_classes=4), TRAIN, recipe=x, seed=1).rows for x in (r, r, replace(r, samples_per_class=None)))
+    assert a == b and a[1]["loss"] != plain[1]["loss"]
+
+
 # --- losses apart ---
 
 def test_auxiliary_and_classification_loss_are_kept_apart(vit):
@@ -216,10 +309,31 @@ def test_without_a_split_its_columns_are_empty(vit):
 def test_prepare_sees_the_evaluation_view_of_the_training_images(vit, augment):
     wide, seen = tints(16, 3, size=36), []
     model = tune(vit, "vpt_deep", num_classes=4)
-    model.prepare = lambda images, labels: seen.append((images.clone(), labels))
+    model.prepare = lambda images, labels, draw: seen.append((images.clone(), labels))
     quiet(model, wide, VALID, recipe=recipe(QUICK, epochs=1, augment=augment), test=TEST)
     ((images, labels),) = seen
     assert torch.equal(images, wide.images[..., 2:34, 2:34]) and images.dtype == torch.uint8 and torch.equal(labels, wide.labels)
+
+
+def views(vit, rows, augment="none", seed=0):
+    "What `draw` gives a model that asks for some images, and the weights after an epoch."
+    wide, seen = tints(40, 3, size=36), []
+    model = tune(vit, "vpt_deep", num_classes=4)
+    model.prepare = lambda images, labels, draw: seen.extend(draw(r) for r in rows)
+    quiet(model, wide, recipe=recipe(QUICK, epochs=1, augment=augment), seed=seed)
+    return wide, seen, weights(model)
+
+
+def test_prepare_may_draw_images_as_training_sees_them(vit):
+    rows = torch.tensor([5, 0, 5, 39])
+    wide, (plain, again), _ = views(vit, [rows, rows])
+    assert torch.equal(plain, wide.images[rows][..., 2:34, 2:34]) and torch.equal(plain, again)
+    _, (first, second), after = views(vit, [rows, rows], "crop_flip")
+    assert first.shape == (4, 3, 32, 32) and first.dtype == torch.uint8 and not torch.equal(first, second)
+    windows = [w for y in range(5) for x in range(5) for w in (wide.images[5, :, y:y + 32, x:x + 32], wide.images[5, :, y:y + 32, x:x + 32].flip(-1))]
+    assert all(any(torch.equal(image, window) for window in windows) for image in (*first[[0, 2]], *second[[0, 2]]))
+    assert same(first, views(vit, [rows], "crop_flip")[1][0]) and not same(first, views(vit, [rows], "crop_flip", seed=1)[1][0])
+    assert same(after, views(vit, [], "crop_flip")[2]), "drawing must not move the crops of the training"
 
 
 TINY_SHIP = dict(num_tokens=2, num_shared=2, num_attributes=3, num_prototypes=8, num_matching=3)

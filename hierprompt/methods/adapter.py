@@ -65,7 +65,7 @@ class Adapter(Tuner):
     "A bottleneck behind one branch or both, before the residual add (baselines spec 1.6)."
     Config, presets = AdapterConfig, PRESETS
 
-    def __init__(self, host, config: AdapterConfig, rng: torch.Generator | None = None):
+    def __init__(self, host, config: AdapterConfig, rng: torch.Generator | None = None, num_classes: int | None = None):
         super().__init__(host, config)
         self.branches = nn.ModuleDict({site: nn.ModuleList(Bottleneck(host.dim, config, rng) for _ in range(host.depth))
                                        for site in config.branches.split("_")})

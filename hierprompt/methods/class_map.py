@@ -29,8 +29,8 @@ class ClassMeans(nn.Module):
     "Running sums (C, D) and counts (C,) of features by class; buffers only."
     def __init__(self, num_classes: int, dim: int):
         super().__init__()
-        self.register_buffer("sums", torch.zeros(num_classes, dim, dtype=torch.float64))
-        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.float64))
+        self.register_buffer("sums", torch.zeros(num_classes, dim, dtype=torch.float64), persistent=False)
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.float64), persistent=False)
 
     @torch.no_grad()
     def add(self, features: Tensor,  # (B, D), any floating-point type
@@ -196,7 +196,7 @@ class ClassMap(nn.Module):
         if not means.isfinite().all(): raise ValueError("class means are not finite: check images, weights and learning rate")
         points = normalise(means[seen].double(), self.norm)
         settings = self._settings(old, seen)
-        found = (cosine_kmeans(points, self.centroids.cpu(), **settings) if self.warm
+        found = (cosine_kmeans(points, self.centroids.cpu().double(), **settings) if self.warm
                  else first_kmeans(points, self.num_prompts, generator, self.start, **settings))
         if self.num_prompts > 1 and len(points) > 1 and (found.labels == found.labels[0]).all(): return self._drop()
         new = old if self.unseen == "keep" else torch.randint(self.num_prompts, old.shape, generator=generator)

@@ -24,7 +24,10 @@ class Linear(Tuner):
 # %% ../../nbs/methods/00_filters.ipynb #3c3e5a8e
 class Full(Tuner):
     "Everything trains (baselines spec 1.1)."
-    Config, presets, trains_host = FilterConfig, {"paper": {}}, True
+    Config, presets = FilterConfig, {"paper": {}}
+
+    @classmethod
+    def trains_host(cls, config) -> bool: return True
 
     def trainable(self, host) -> dict[str, nn.Parameter]:
         "All backbone tensors but its own classifier's."
@@ -33,7 +36,10 @@ class Full(Tuner):
 # %% ../../nbs/methods/00_filters.ipynb #2504c7cf
 class Bias(Tuner):
     "All bias vectors train (BitFit; baselines spec 1.3)."
-    Config, presets, trains_host = FilterConfig, {"paper": {}}, True
+    Config, presets = FilterConfig, {"paper": {}}
+
+    @classmethod
+    def trains_host(cls, config) -> bool: return True
 
     def trainable(self, host) -> dict[str, nn.Parameter]:
         "Every backbone tensor whose name ends in `bias`."

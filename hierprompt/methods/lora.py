@@ -40,7 +40,7 @@ class LoRA(Tuner):
     "Low-rank change of query, key and value (baselines spec 1.8)."
     Config, presets = LoRAConfig, PRESETS
 
-    def __init__(self, host, config: LoRAConfig, rng: torch.Generator | None = None):
+    def __init__(self, host, config: LoRAConfig, rng: torch.Generator | None = None, num_classes: int | None = None):
         super().__init__(host, config)
         num_a = 1 if config.shared else len(config.targets)
         self.a = nn.Parameter(torch.empty(host.depth, num_a, config.rank, host.dim))          # (L, 1 or targets, r, D)

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'layer_features', 'pairwise_cosine', 'affinity', 'partition', 'SHIPConfig', 'cls_scores', 'select',
-           'full_precision', 'prototypes', 'attribute_weights', 'matching_loss', 'decoupled_attention', 'prompt_share',
-           'SHIP', 'attribute_statistics']
+           'prototypes', 'attribute_weights', 'matching_loss', 'decoupled_attention', 'prompt_share', 'SHIP',
+           'attribute_statistics']
 
 # %% ../../nbs/methods/04_ship.ipynb #8c74f1ef
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, Optional
 
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine import Context, Engine, Segment, Tuner, take
+from ..engine import Context, Engine, Segment, Tuner, full_precision, take
 
 # %% ../../nbs/methods/04_ship.ipynb #53e9cd8c
 class _Reader(Tuner):
@@ -150,10 +149,6 @@ def select(scores: Tensor,          # (B, n)
     return scores[:, first:].topk(count).indices + first
 
 # %% ../../nbs/methods/04_ship.ipynb #26b83e55
-def full_precision(x: Tensor):
-    "A context without autocast for tensors beside `x`: losses and similarities stay in float32 (spec 7)."
-    return torch.autocast(x.device.type, enabled=False) if torch.amp.is_autocast_available(x.device.type) else nullcontext()
-
 def prototypes(features: Tensor,  # (N, D), last-block vectors of training images
                count: int,        # K
               ) -> Tensor:        # (K, D)
@@ -220,11 +215,11 @@ class SHIP(Tuner):
     "Semantic hierarchical prompt tuning; the parts are switched by `SHIPConfig`."
     Config, presets = SHIPConfig, PRESETS
 
-    def __init__(self, host, config: SHIPConfig, rng: torch.Generator | None = None):
+    def __init__(self, host, config: SHIPConfig, rng: torch.Generator | None = None, num_classes: int | None = None):
         super().__init__(host, config)
         _check_host(host, config)
         height, width = host.patch_size
-        self.vpt_bound = (6 / (3 * height * width + host.dim)) ** 0.5
+        self.vpt_fans = 3 * height * width + host.dim
         self.seed, self.epoch = torch.randint(2 ** 62, (), generator=rng).item(), 0
         self.register_buffer("prototypes", None)
         if config.starts is not None: self.allocate()
@@ -244,12 +239,12 @@ class SHIP(Tuner):
         c, rng = self.config, torch.Generator().manual_seed(self.seed)
         def uniform(*shape, fans):
             return nn.Parameter(torch.empty(*shape, self.dim).uniform_(-(6 / fans) ** 0.5, (6 / fans) ** 0.5, generator=rng))
-        sip_fans = (c.num_tokens + 1) * self.dim if c.sip_init == "released" else 6 / self.vpt_bound ** 2
+        sip_fans = (c.num_tokens + 1) * self.dim if c.sip_init == "released" else self.vpt_fans
         if c.num_shared: self.ssp_prompts = uniform(c.num_shared, fans=self.dim)
         if c.num_tokens: self.sip_prompts = uniform(len(c.starts), c.num_tokens, fans=sip_fans)
         if self.ap_starts: self.ap_prompts = uniform(len(self.ap_starts), c.num_attributes, fans=c.num_attributes * self.dim)
 
-    def prepare(self, model, images: Tensor, labels: Tensor) -> None:
+    def prepare(self, model, images: Tensor, labels: Tensor, draw: Callable) -> None:
         "Finds the hierarchies unless they are given, and the prototypes, from at most `max_images` images; what is known already stays as it is."
         if self.prepared: return
         if not len(images): raise ValueError("SHIP got no training images to look at")

@@ -50,7 +50,7 @@ class VPTBase(Tuner):
     "What both forms share: the prompts, their dropout, and the pooling of VPT's MAE code."
     Config, presets, deep = VPTConfig, PRESETS, False
 
-    def __init__(self, host, config: VPTConfig, rng: torch.Generator | None = None):
+    def __init__(self, host, config: VPTConfig, rng: torch.Generator | None = None, num_classes: int | None = None):
         super().__init__(host, config)
         self.prompts = init_prompts(host, config, host.depth if self.deep else 1, rng)
         self.dropout = nn.Dropout(config.dropout)
