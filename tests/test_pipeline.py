@@ -310,7 +310,8 @@ def blocks_of(name, table="davpt"): return resolved(name)["tables"][f"{name}-{ta
 @pytest.mark.parametrize("name", ["laptop", "reference", "paper_davpt"])
 def test_rows_of_da_vpts_tables(name):
     blocks, published = blocks_of(name), load_published("davpt_table4")
-    assert {key: blocks[key]["variants"] for key in WHICH} == WHICH
+    ours = {"da_pnca_rel"} if name == "laptop" else set()      # a row that the paper lacks, left out where time is short
+    assert {key: blocks[key]["variants"] for key in WHICH} == {key: [v for v in rows if v not in ours] for key, rows in WHICH.items()}
     variants = load_profile(name, ROOT/"profiles").variants
     for variant, row in zip(WHICH["table_4"], published.itertuples()):   # the ticks of the printed rows, in their order
         config = variants[variant].config
@@ -334,7 +335,7 @@ def test_points_of_da_vpts_figures(name):
     for variant, layers in points.items():
         mode, first = variant.split("_")[1], int(variant.split("_")[2]) - 1
         assert layers == ([first] if mode == "only" else list(range(first, 12))), variant
-    firsts = [1, 4, 8] if name == "laptop" else [1, 2, 4, 6, 8, 10]
+    firsts = [4] if name == "laptop" else [1, 2, 4, 6, 8, 10]
     assert set(points) == {f"da_{mode}_{first}" for mode in ("only", "from") for first in firsts} and "da_vpt" in blocks["fig_4a"]["variants"]
     if name in ("reference", "paper_davpt"): assert len(blocks["fig_4b"]["variants"]) == 12 and len(blocks["fig_4d"]["variants"]) == 8
 
