@@ -7,7 +7,7 @@ ViT-B/16 at 224 pixels, 100 classes, the last block guided by as many prompts as
 """
 import timm
 import torch
-from engine import arguments, evaluate, measure, peak_memory, report
+from engine import arguments, evaluate, measure, peak_memory, report, step
 
 from hierprompt.tuned import tune
 
@@ -30,16 +30,7 @@ def cases(args):
     trained, fixed = models(vit, args.tokens), models(vit, args.tokens)      # training forgets remembered prompt keys: `fixed` never trains
     for name in list(trained)[1:]: trained[name].tuner.guidance.prepared = True      # any map costs the same: the first one, class i to prompt i mod M
 
-    def train(model):
-        optimizer = torch.optim.AdamW(model.param_groups(1e-4, 0.01))
-        model.train()
-        def run():
-            optimizer.zero_grad()
-            model.loss(images, labels).backward()
-            optimizer.step()
-        return run
-
-    steps = {f"{name} training step": train(model) for name, model in trained.items()}
+    steps = {f"{name} training step": step(model, images, labels, torch.optim.AdamW(model.param_groups(1e-4, 0.01))) for name, model in trained.items()}
     return steps | {f"{name} inference": evaluate(lambda model=fixed[name]: model(images)) for name in ("VPT-Deep", "DA-VPT", "DA-VPT+")}
 
 

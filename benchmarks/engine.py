@@ -66,6 +66,16 @@ def evaluate(features):
     return run
 
 
+def step(model, images, labels, optimizer):
+    "An update of a model, to be timed."
+    model.train()
+    def run():
+        optimizer.zero_grad()
+        model.loss(images, labels).backward()
+        optimizer.step()
+    return run
+
+
 def measure(functions, rounds, device):
     "Median seconds of each function over interleaved rounds, after one warm-up round."
     times = {name: [] for name in functions}

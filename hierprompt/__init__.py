@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "tuned": ("TunedModel", "list_methods", "load_tuned", "tune"),
+    "prompted": ("PromptedCLIP", "tune_clip"),
+    "clip": ("load_clip",),
     "backbones": ("load_backbone",),
     "accounting": ("count_macs", "count_parameters"),
     "recipes": ("RECIPES", "Recipe", "recipe"),

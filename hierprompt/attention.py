@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .engine import Context
+from .engine import Context, join
 from .figures import panels
+from .methods.saliency import attention_map
 
 # %% ../nbs/07g_attention.ipynb #b0f300af
 class BlockAttention(NamedTuple):
@@ -29,9 +30,8 @@ def _prompt_queries(model, i: int, block, segments: Sequence, batch: int) -> lis
 
 def _weights(q: Tensor, k: Tensor, patches: slice, alone: bool = False) -> Tensor:
     "(B, r, patches): mean over heads of a softmax over all keys, or over the patches alone."
-    q, k = q.float(), k.float()
-    if alone: return (q @ k[:, :, patches].mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)
-    return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)[..., patches].mean(1)
+    if alone: return attention_map(q.float(), k[:, :, patches].float()).mean(1)
+    return attention_map(q.float(), k.float())[..., patches].mean(1)
 
 @torch.no_grad()
 def attention_maps(model,            # a tuned model; its backbone needs a class token
@@ -43,7 +43,7 @@ def attention_maps(model,            # a tuned model; its backbone needs a class
     grid = [size // patch for size, patch in zip(images.shape[-2:], host.patch_size)]
     patches = slice(host.num_prefix_tokens, host.num_prefix_tokens + grid[0] * grid[1])
     def watch(i, block, q, k, extra, segments):
-        keys = torch.cat([k] + [pk.expand(len(k), -1, -1, -1) for pk, _ in extra], 2)
+        keys, _ = join(k, k, extra)    # nobody asks for values here
         rows = torch.cat([q[:, :, :0]] + _prompt_queries(model, i, block, segments, len(k)), 2)
         prompts = _weights(rows, keys, patches, alone=getattr(model.config, "prompt_mask", False))
         found.append(BlockAttention(prompts.unflatten(2, grid), _weights(q[:, :, :1], keys, patches).unflatten(2, grid)[:, 0]))

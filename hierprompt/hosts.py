@@ -79,6 +79,8 @@ class TimmViT(nn.Module):
 
     dim = property(lambda self: self.vit.embed_dim, doc="Width of the tokens, D.")
     depth = property(lambda self: len(self.blocks), doc="Number of blocks, L.")
+    causal = False   # every token sees every other
+    taps = ()        # it pools the last block alone
     num_prefix_tokens = property(lambda self: self.vit.num_prefix_tokens, doc="Class token and registers.")
     has_class_token = property(lambda self: self.vit.has_class_token, doc="Whether the first token stands for the image.")
     patch_size = property(lambda self: self.vit.patch_embed.patch_size, doc="(height, width) of a patch in pixels.")
@@ -130,4 +132,4 @@ def _check_vit(vit) -> None:
 # %% ../nbs/01_hosts.ipynb #0b7414b5
 def as_host(model) -> nn.Module:  # a host: `embed`, `blocks`, `norm`, `pool`, `dim`, `depth`, `num_read`
     "The host view of a model; `TypeError` for one that none fits."
-    return model if isinstance(model, TimmViT) else TimmViT(model)
+    return model if hasattr(model, "blocks") and hasattr(model, "num_read") else TimmViT(model)   # a host already, for example `clip.image_host(visual)`

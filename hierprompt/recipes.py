@@ -32,10 +32,11 @@ class Recipe:
                                                 # or VPT's released AdamW, 0.01 whatever weight_decay > 0 says (spec 3.2)
     epochs: int = 100                           # passes over the training images
     batch_size: int = 64                        # images per update
-    drop_last: bool = False                     # leave out the last incomplete batch of each epoch (NOAH)
+    drop_last: bool = False                     # leave out the last incomplete batch of each epoch, unless it is the only one (NOAH)
     samples_per_class: Optional[int] = None     # images of each class of a batch (DA-VPT: 2); None: batches of any classes
-    warmup_epochs: int = 10                     # linear warm-up
-    warmup_lr: float = 0.0                      # rate at step 0 of the warm-up, absolute: 0 in VPT, 1e-6 in NOAH
+    warmup: Literal["linear", "constant"] = "linear"  # from warmup_lr up to lr; or at warmup_lr, and then a cosine as long as the run (Dassl)
+    warmup_epochs: int = 10                     # length of the warm-up
+    warmup_lr: float = 0.0                      # rate at step 0 of the warm-up, absolute: 0 in VPT, 1e-6 in NOAH, 1e-5 in Dassl
     min_lr: float = 0.0                         # where the cosine ends, absolute: 0 in VPT, 1e-5 in NOAH
     warmup_prefix: bool = True                  # the cosine starts after the warm-up (VPT); False: at step 0 (NOAH)
     schedule_on: Literal["epoch", "update"] = "epoch"  # what the schedule counts; DA-VPT counts updates
@@ -86,6 +87,10 @@ _DA_VPT = Recipe(optimizer="adamw", decay="matrices", lr=1e-3, lr_batch=None, we
                  batch_size=32, drop_last=True, samples_per_class=2, clip_value=10.0, test_every=10,                      # 3.1, 3.3; looks as NOAH
                  warmup_epochs=10, warmup_lr=1e-8, min_lr=1e-9, warmup_prefix=False, schedule_on="update")                # 3.2
 
+_COOP = Recipe(optimizer="sgd", lr=2e-3, lr_batch=None, weight_decay=5e-4, decay="all_but_head_bias", epochs=200, batch_size=32, drop_last=True,   # Adapt spec 2.0;
+               warmup="constant", warmup_epochs=1, warmup_lr=1e-5, augment="random_resized_crop_flip")   # the models have no head: all decays
+_ADAPT = replace(_COOP, lr=2.5e-3, batch_size=4, epochs=100)                                             # Adapt spec 1.8
+
 RECIPES = {
     "vpt": Recipe(),                                                           # baselines spec 1.4, 1.5
     "vpt_linear": Recipe(batch_size=1024),                                     # 1.2
@@ -95,6 +100,19 @@ RECIPES = {
     "noah_released": replace(_NOAH, schedule_lag=1),                           # SHIP spec 4
     "da_vpt": _DA_VPT,
     "da_vpt_paper": replace(_DA_VPT, min_lr=1e-8, samples_per_class=None, head_weight_decay=None),  # DA-VPT spec 1.14: D19, D20, D22
+    "coop": _COOP,                                                             # Adapt spec 2.0, 16 shots
+    "coop_imagenet": replace(_COOP, epochs=50),
+    "cocoop": replace(_COOP, batch_size=1, epochs=10),
+    "vpt_clip": replace(_COOP, batch_size=4, lr=2.5e-3, epochs=5),
+    "plot": replace(_COOP, batch_size=128),
+    "plot_small_batch": _COOP,
+    "maple": replace(_COOP, batch_size=4, lr=3.5e-3, epochs=5),
+    "prograd": _COOP,
+    "kgcoop": replace(_COOP, batch_size=128, epochs=100),
+    "lamm": replace(_COOP, epochs=50),
+    "adapt": _ADAPT,                                                           # Adapt spec 1.8
+    "clip_common": _ADAPT,                                                     # A23
+    "zero_shot": Recipe(epochs=1, warmup_epochs=0),                            # 2.1: nothing trains, one look at the images
 }
 
 VPT_SEEDS = (42, 44, 82, 100, 800)   # the five final runs of VPT (baselines spec 1.5)
@@ -114,14 +132,16 @@ def schedule(optimizer: torch.optim.Optimizer,
     "The learning rate schedule of `recipe`, each parameter group from its own rate."
     unit = updates_per_epoch if recipe.schedule_on == "update" else 1
     total, warmup = recipe.epochs * unit, recipe.warmup_epochs * unit
-    return CosineLRScheduler(optimizer, t_initial=total - warmup * recipe.warmup_prefix, lr_min=recipe.min_lr,
+    length = total - warmup if recipe.warmup_prefix and recipe.warmup == "linear" else total
+    return CosineLRScheduler(optimizer, t_initial=max(2, length), lr_min=recipe.min_lr,
                              warmup_t=warmup, warmup_lr_init=recipe.warmup_lr, warmup_prefix=recipe.warmup_prefix,
                              t_in_epochs=recipe.schedule_on == "epoch")
 
 def set_rate(scheduler: CosineLRScheduler, recipe: Recipe, epoch: int, update: int) -> None:
     "Set the rates for update `update` in epoch `epoch`, both from 0 (timm ignores the one that is not counted)."
-    scheduler.step(max(0, epoch - recipe.schedule_lag))
-    scheduler.step_update(max(0, update - recipe.schedule_lag))
+    for step, t in ((scheduler.step, epoch), (scheduler.step_update, update)):
+        t = max(0, t - recipe.schedule_lag)
+        step(0 if recipe.warmup == "constant" and t < scheduler.warmup_t else t)
 
 def learning_rates(recipe: Recipe, updates_per_epoch: int = 1) -> list[float]:
     "The learning rate of every update of a run, one parameter group."
@@ -144,7 +164,7 @@ def build_optimizer(model,           # has `param_groups(lr, weight_decay, head_
     if recipe.decay == "released_adamw": groups = _released_groups(model, recipe.weight_decay)
     else: groups = model.param_groups(lr=lr, weight_decay=recipe.weight_decay, head_lr=recipe.scaled(recipe.head_lr),
                                       head_weight_decay=recipe.head_weight_decay, vectors=recipe.decay == "all_but_head_bias")
-    return lookup(OPTIMIZERS, recipe.optimizer, "optimizer")(groups, lr)
+    return lookup(OPTIMIZERS, recipe.optimizer, "optimizer")(groups or [{"params": []}], lr)   # zero-shot CLIP trains nothing
 
 def _released_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     "VPT's released AdamW groups: 0.01 on every trainable name without `bias`, norm weights included."
@@ -166,6 +186,7 @@ GRIDS = {
     "ship": {"config.threshold": (0.93, 0.95, 0.97), "config.num_tokens": (10, 50, 100)},    # SHIP spec 4: thresholds and lengths among its winners
     "da_vpt": {"lr": (1e-3, 5e-4, 1e-4, 5e-5), "weight_decay": (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0)},  # DA-VPT Table 5 (its spec 3.5)
     "da_vpt_prompts": {"config.num_guided": (5, 10, 20, 40), "config.guided_layers": _DA_VPT_LAYERS},       # the same table
+    "adapt_target": {"config.target": (4, 8, 16, 32, 64, 128, 256)},                                       # Adapt spec 1.11; ties go to the first
 }
 METHOD_AXIS = "config."   # how the name of an axis begins that is no field of `Recipe` but one of the method's configuration
 

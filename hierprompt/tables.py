@@ -103,7 +103,7 @@ def build_table(profile: str,            # whose metrics
 # %% ../nbs/07a_tables.ipynb #4fe00850
 NOT_RUN, NOTHING = "not run", "—"
 # backbone, data and protocol of the papers: only there a difference means something
-PAPER_PROFILES = ("paper", "paper_ship", "paper_davpt", "paper_davpt_released", "paper_davpt_mae", "paper_davpt_moco")
+PAPER_PROFILES = ("paper", "paper_ship", "paper_davpt", "paper_davpt_released", "paper_davpt_mae", "paper_davpt_moco", "paper_adapt")
 HEADINGS = {"natural": "Natural", "specialized": "Specialized", "structured": "Structured", APART: "Fine-grained",
             "mean_of_groups": "Mean of groups", "mean_of_tasks": "Mean of tasks"}
 

@@ -4,35 +4,32 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'image_size', 'autocast', 'evaluate', 'evaluation_view', 'check_split', 'Resident', 'features_suffice',
-           'make_resident', 'class_batches', 'Trainer', 'seeded', 'fit', 'tensor_digest', 'code_digest', 'Trials',
-           'select', 'run_seeds']
+           'make_resident', 'class_batches', 'Trainer', 'seeded', 'fit', 'fit_splits']
 
 # %% ../nbs/06_training.ipynb #cf75bbd0
-import hashlib
+import json
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from .core import digest, from_dict, read_json, rng, rng_seed, sha256_file, to_dict, write_json
+from .core import atomic_path, rng, rng_seed, to_dict
 from .data.preprocess import augment, center_crop
 from .data.tasks import Split
 from .history import History
-from .recipes import Candidate, Recipe, build_optimizer, recipe as as_recipe, schedule, set_rate
-from .tuned import method_modules
+from .recipes import Recipe, build_optimizer, recipe as as_recipe, schedule, set_rate
 
 # %% ../nbs/06_training.ipynb #e692c1ec
 MARGIN = 1.5  # stored images may exceed the model's size by this factor; the published protocols store 256 for 224
@@ -101,7 +98,7 @@ def check_split(model, split: Split, name: str) -> None:
 @dataclass
 class Resident:
     "A split where the model is."
-    inputs: Tensor  # what the loop feeds: images (N, 3, S, S) uint8, or their features (N, D)
+    inputs: Tensor  # what the loop feeds: images (N, 3, S, S) uint8, or their features (N, ...)
     labels: Tensor  # (N,) int64
     size: int       # side of the images that the model sees
 
@@ -117,7 +114,7 @@ def make_resident(model, split: Split, recipe: Recipe, training: bool) -> Reside
     return Resident(inputs, split.labels, size)
 
 def _features(model, images: Tensor, recipe: Recipe) -> Tensor:
-    "(N, D) float32 features of the model in evaluation mode."
+    "(N, ...) float32 features of the model in evaluation mode."
     with _evaluating(model, recipe.precision):
         parts = [model.features(x).float() for x in images.split(recipe.eval_batch_size)]
     return torch.cat(parts)   # outside inference_mode: an ordinary tensor, which the classifier's gradient may keep
@@ -148,21 +145,25 @@ def _class_batch(members: Tensor, sizes: Tensor, slots: int, samples_per_class: 
 
 # %% ../nbs/06_training.ipynb #792eb45e
 class Trainer:
-    "One training run over resident data; `epoch(e)` trains one epoch and returns its mean losses."
+    "One training run over resident data; `epoch(e)` trains one epoch, or what is left of it, and returns its mean losses."
     def __init__(self, model, data: Resident, recipe: Recipe, seed: int):
         self.model, self.data, self.recipe = model, data, recipe
         self.sampler, self.augmenter, self.labels = rng(seed, "sampler"), rng(seed, "augment"), data.labels.cpu()
+        updates_per_epoch = len(self._batches(torch.arange(len(data.labels))))
+        model.begin(recipe.epochs, updates_per_epoch)
         self.optimizer = build_optimizer(model, recipe)
-        self.scheduler = schedule(self.optimizer, recipe, len(self._batches(torch.arange(len(data.labels)))))
+        self.scheduler = schedule(self.optimizer, recipe, updates_per_epoch)
+        self.on_features = model.features_are_constant
         self.losses = _loss_function(model, recipe)
-        self.updates = self.images_seen = 0
+        self.updates = self.images_seen = self.epochs_done = 0
+        self._open()
 
     lr = property(lambda self: self.optimizer.param_groups[0]["lr"], doc="The first parameter group's rate.")
 
     def _batches(self, order: Tensor) -> Sequence[Tensor]:
-        "An order of the images cut into batches."
+        "An order of the images cut into batches; the only one is never dropped (Adapt spec 2.0)."
         whole = len(order) - len(order) % self.recipe.batch_size
-        return order[:whole if self.recipe.drop_last else None].split(self.recipe.batch_size)
+        return order[:(whole or None) if self.recipe.drop_last else None].split(self.recipe.batch_size)
 
     def _draw(self) -> Sequence[Tensor]:
         "The rows of each batch of an epoch: all images in random order, or classes as `recipe.samples_per_class` says."
@@ -170,34 +171,59 @@ class Trainer:
             return self._batches(torch.randperm(len(self.labels), generator=self.sampler).to(self.model.device))
         return class_batches(self.labels, self.recipe.batch_size, self.recipe.samples_per_class, self.sampler).to(self.model.device)
 
+    def _open(self) -> None:
+        "Before an epoch: nothing of it is done, and this is what its batches are drawn from."
+        self.done, self.seen, self.total = 0, 0, torch.zeros(2, device=self.model.device)   # batches, images, sums of the losses
+        self.chance = {"sampler": self.sampler.get_state(), "augmenter": self.augmenter.get_state()}
+
     def epoch(self, epoch: int) -> dict[str, float]:
         "The epoch's mean `loss`, and `aux_loss` in it; `FloatingPointError` when the loss or a weight is not finite."
-        self.model.train()
-        total, seen = 0.0, 0
-        for rows in self._draw():
-            total, seen = total + self._update(epoch, rows) * len(rows), seen + len(rows)
+        for _ in self.steps(epoch): pass
         self.model.after_epoch(epoch)
-        self.images_seen += seen
-        return self._finite(total / seen, epoch)
+        losses = self.total / self.seen
+        self.images_seen, self.epochs_done = self.images_seen + self.seen, epoch + 1
+        self._open()
+        return self._finite(losses, epoch)
 
-    def _update(self, epoch: int, rows: Tensor) -> Tensor:
-        "One optimizer step on the images `rows`; the loss and the auxiliary loss in it, (2,), stay on the device."
-        set_rate(self.scheduler, self.recipe, epoch, self.updates)
-        with autocast(self.model.device, self.recipe.precision):
-            classification, auxiliary = self.losses(self._inputs(rows), self.data.labels[rows])
-        loss = classification + auxiliary
-        self.optimizer.zero_grad()
-        loss.backward()
-        if self.recipe.clip_value is not None: torch.nn.utils.clip_grad_value_(self._weights(), self.recipe.clip_value)
-        self.optimizer.step()
-        self.model.after_step(self.updates)
-        self.updates += 1
-        return torch.stack([loss.detach(), auxiliary.detach()])
+    def steps(self, epoch: int) -> Iterator[int]:
+        "Makes one update after the other, those of the epoch that are still to do; yields how many updates there have been."
+        for name, state in self.chance.items(): getattr(self, name).set_state(state)
+        self.model.train()
+        for rows, inputs in self._feed(self._draw(), self.done):
+            self.total = self.total + self._update(epoch, rows, inputs) * len(rows)
+            self.seen, self.done = self.seen + len(rows), self.done + 1
+            yield self.updates
+
+    def _feed(self, batches: Sequence[Tensor], done: int) -> Iterator[tuple[Tensor, Tensor]]:
+        "Rows and inputs of all batches but the first `done`; features of augmented images are computed for several batches at once."
+        views = self.on_features and self.recipe.augment != "none"
+        several = max(1, self.recipe.eval_batch_size // self.recipe.batch_size) if views else 1
+        for i in range(0, len(batches), several):
+            group = batches[i:i + several]
+            inputs = [self._inputs(rows) for rows in group]   # also where they are done: those after them need the same random numbers
+            if i + several <= done: continue
+            if views: inputs = _features(self.model, torch.cat(inputs), self.recipe).split([len(rows) for rows in group])
+            yield from list(zip(group, inputs))[max(0, done - i):]
 
     def _inputs(self, rows: Tensor) -> Tensor:
-        "The batch as the loss wants it: features, images, or augmented images."
+        "A batch of what is resident: features, images, or augmented images."
         x = self.data.inputs[rows]
         return x if self.recipe.augment == "none" else augment(x, self.recipe.augment, self.data.size, self.augmenter)
+
+    def _update(self, epoch: int, rows: Tensor, inputs: Tensor) -> Tensor:
+        "One optimizer step on the batch `rows`; the loss and the auxiliary loss in it, (2,), stay on the device."
+        set_rate(self.scheduler, self.recipe, epoch, self.updates)
+        with autocast(self.model.device, self.recipe.precision):
+            classification, auxiliary = self.losses(inputs, self.data.labels[rows])
+        loss, weights = classification + auxiliary, self._weights()
+        self.optimizer.zero_grad()
+        if weights: loss.backward()
+        if self.recipe.clip_value is not None: torch.nn.utils.clip_grad_value_(weights, self.recipe.clip_value)
+        self.model.before_step(self.updates)
+        self.optimizer.step()
+        self.model.after_step(self.updates, self.optimizer)
+        self.updates += 1
+        return torch.stack([loss.detach(), auxiliary.detach()])
 
     def _weights(self) -> list[Tensor]: return [p for group in self.optimizer.param_groups for p in group["params"]]
 
@@ -211,10 +237,66 @@ class Trainer:
             f"is not finite: use a smaller lr than {self.recipe.lr:g}, more warm-up epochs, or clip_value")
 
 def _loss_function(model, recipe: Recipe) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    "Cross-entropy and auxiliary loss of (inputs, labels): the model's own, or of the classifier alone where features suffice."
-    def of_features(x, y, label_smoothing): return F.cross_entropy(model.head(x), y, label_smoothing=label_smoothing), x.new_zeros(())
-    losses = of_features if features_suffice(model, recipe) else model.losses
+    "Cross-entropy and auxiliary loss of (inputs, labels): from images, or from features where they never change."
+    losses = model.losses_from_features if model.features_are_constant else model.losses
     return partial(torch.compile(losses) if recipe.compile else losses, label_smoothing=recipe.label_smoothing)
+
+# %% ../nbs/06_training.ipynb #a478bc63
+_COUNTERS = ("updates", "images_seen", "epochs_done", "done", "seen")
+
+def _tensors(trainer: Trainer) -> dict[str, Tensor]:
+    "What a run may change in its model: weights and buffers."
+    return {f"model.{name}": t for name, t in {**trainer.model.trainable(), **dict(trainer.model.named_buffers())}.items()}
+
+def _state(self: Trainer) -> dict:  # tensors on the CPU, and plain data
+    "A copy of all that the rest of the run depends on."
+    memory = self.optimizer.state_dict()["state"]
+    tensors = _tensors(self) | {f"optimizer.{i}.{name}": t for i, kept in memory.items() for name, t in kept.items()}
+    tensors |= {f"chance.{name}": state for name, state in self.chance.items()} | {"chance.global": torch.get_rng_state(), "total": self.total}
+    if self.model.device.type == "cuda": tensors["chance.cuda"] = torch.cuda.get_rng_state(self.model.device)
+    return {"tensors": {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()},
+            "counters": {name: getattr(self, name) for name in _COUNTERS}, "run": _run(self)}
+
+def _run(trainer: Trainer) -> dict:
+    "What two trainers must have in common to go on from the same state."
+    return {"method": trainer.model.method, "config": to_dict(trainer.model.config), "recipe": to_dict(trainer.recipe), "images": len(trainer.labels)}
+
+def _restore(self: Trainer, state: dict) -> None:
+    "Goes on from a `state`; one of another run raises `ValueError`."
+    own, tensors = _run(self), state["tensors"]
+    for name, value in own.items():
+        if state["run"][name] != value: raise ValueError(f"the checkpoint has {name} = {state['run'][name]}, this run {value}: go on with what it was made with")
+    self.model.tuner.restore({name.removeprefix("model.tuner."): t for name, t in tensors.items() if name.startswith("model.tuner.")})
+    wanted, kept = _tensors(self), {name for name in tensors if name.startswith("model.")}
+    if wanted.keys() != kept: raise ValueError(f"the checkpoint does not fit the model: they differ in {sorted(wanted.keys() ^ kept)[:5]}")
+    for name, t in wanted.items(): t.data = tensors[name].to(t.device, copy=True)   # of another shape where a method removed something
+    self.model.train(self.model.training)   # forgets what was remembered of other weights
+    memory = {}
+    for name in tensors:
+        if name.startswith("optimizer."): memory.setdefault(int(name.split(".")[1]), {})[name.split(".", 2)[2]] = tensors[name].clone()
+    self.optimizer.load_state_dict({"state": memory, "param_groups": self.optimizer.state_dict()["param_groups"]})
+    for name, value in state["counters"].items(): setattr(self, name, value)
+    self.total, self.chance = tensors["total"].to(self.model.device, copy=True), {name: tensors[f"chance.{name}"] for name in self.chance}
+    torch.set_rng_state(tensors["chance.global"])
+    if self.model.device.type == "cuda": torch.cuda.set_rng_state(tensors["chance.cuda"], self.model.device)
+
+def _save_checkpoint(self: Trainer, path: str | Path) -> None:
+    "Writes `state` to a safetensors file, whole or not at all."
+    state = self.state()
+    about = {name: json.dumps(state[name]) for name in ("counters", "run")}
+    with atomic_path(path) as temporary: save_file(state["tensors"], temporary, about)
+
+def _load_checkpoint(self: Trainer, path: str | Path) -> None:
+    "Goes on from a file that `save_checkpoint` wrote; a damaged one, or one of another run, raises `ValueError`."
+    try:
+        with safe_open(path, "pt") as file:
+            about = {name: json.loads((file.metadata() or {})[name]) for name in ("counters", "run")}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is no complete checkpoint ({error}): delete it and start the run again") from error
+    self.restore({"tensors": tensors, **about})
+
+Trainer.state, Trainer.restore, Trainer.save_checkpoint, Trainer.load_checkpoint = _state, _restore, _save_checkpoint, _load_checkpoint
 
 # %% ../nbs/06_training.ipynb #20d51244
 @contextmanager
@@ -235,12 +317,12 @@ def fit(model,                         # a `TunedModel`; trained in place, left 
        ) -> History:
     "Trains what the method declares; bad data raise `ValueError`, values that are not finite `FloatingPointError`."
     splits = {k: s for k, s in {"train": train, "valid": valid, "test": test}.items() if s is not None}
-    return _fit(model, splits, as_recipe(recipe), seed, device, progress, {})
+    return fit_splits(model, splits, as_recipe(recipe), seed, device, progress, {})
 
 # %% ../nbs/06_training.ipynb #efe10792
-def _fit(model, splits: dict[str, Split], recipe: Recipe, seed: int, device, progress: bool, memo: dict) -> History:
-    "`fit`, with resident data taken from `memo` or left there for the next run."
-    _check(model, splits, recipe)
+def fit_splits(model, splits: dict[str, Split], recipe: Recipe, seed: int, device, progress: bool, memo: dict) -> History:
+    "`fit`, with resident data taken from `memo` or left there for the next run of a model with the same features."
+    for name, split in splits.items(): check_split(model, split, name)
     start = time.perf_counter()
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if model.device.type == "cuda": torch.cuda.reset_peak_memory_stats(model.device)
@@ -261,13 +343,6 @@ def _prepare(model, train: Split, recipe: Recipe, seed: int) -> None:
     def draw(rows: Tensor) -> Tensor:
         return view[rows] if recipe.augment == "none" else augment(train.images[rows], recipe.augment, view.shape[-1], generator)
     with seeded(seed, "kmeans", model.device): model.prepare(view, train.labels, draw)
-
-def _check(model, splits: dict[str, Split], recipe: Recipe) -> None:
-    "What can be known before training: labels, and that there is a batch."
-    for name, split in splits.items(): check_split(model, split, name)
-    if recipe.drop_last and len(splits["train"]) < recipe.batch_size:
-        raise ValueError(f"{len(splits['train'])} training images make no batch of {recipe.batch_size} with drop_last: "
-                         "use a smaller batch_size or drop_last=False")
 
 def _on_device(model, split: Split, name: str, memo: dict) -> Split:
     "A split where the model is, moved once for all runs with one `memo`."
@@ -307,92 +382,3 @@ def _peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss   # bytes on macOS, kB elsewhere
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-# %% ../nbs/06_training.ipynb #5252f79e
-def tensor_digest(tensors: Sequence[Tensor]) -> str:  # 64 hexadecimal digits
-    "SHA-256 over types, shapes and bytes."
-    sha = hashlib.sha256()
-    for t in tensors:
-        sha.update(f"{t.dtype}{tuple(t.shape)}".encode())
-        sha.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha.hexdigest()
-
-def code_digest(model) -> str:  # 16 hexadecimal digits
-    "Hash of the sources that train `model`, its method's included, and of the libraries' versions."
-    names = {f"hierprompt.{name}" for name in ("core", "data.preprocess", "engine", "hosts", "recipes", "training", "tuned")}
-    names |= {f"hierprompt.methods.{name}" for name in method_modules(model.method)}
-    sources = [sha256_file(find_spec(name).origin) for name in sorted(names)]
-    return digest([*sources, *map(version, ("torch", "timm", "scikit-learn"))])
-
-# %% ../nbs/06_training.ipynb #68398bcf
-class Trials:
-    "Training runs on the same splits, each trained once and remembered in `cache`."
-    def __init__(self, make_model: Callable, splits: dict[str, Split], cache: str | Path | None, device):
-        self.make_model, self.splits, self.cache, self.device, self.memo = make_model, splits, cache, device, {}
-        self.data = {name: tensor_digest([s.images, s.labels]) for name, s in splits.items()} if cache else {}
-
-    def __call__(self, recipe: Recipe, config: dict, seed: int, progress: bool) -> dict:  # status, and history or error
-        "One run, from the cache or trained; a diverged one has status \"diverged\"."
-        model = self.make_model(seed, **config)
-        path = self.cache and Path(self.cache)/f"{self._key(model, recipe, seed)}.json"
-        if path and path.exists(): return read_json(path)
-        try: history = _fit(model, self.splits, recipe, seed, self.device, progress, self.memo)
-        except FloatingPointError as error: result = {"status": "diverged", "error": str(error)}
-        else: result = {"status": "success", "history": to_dict(history)}
-        if path: write_json(path, result)
-        return result
-
-    def _key(self, model, recipe: Recipe, seed: int) -> str:
-        "Hash of all that the result depends on; the method's settings are those of `model`, the candidate's included."
-        weights = tensor_digest(model.state_dict().values())
-        return digest({"method": model.method, "config": to_dict(model.config), "weights": weights, "data": self.data,
-                       "recipe": to_dict(recipe), "seed": seed, "device": str(self.device), "code": code_digest(model)})
-
-def select(make_model: Callable,         # `make_model(seed, **candidate.config)` returns a fresh model, always on the same backbone
-           train: Split,
-           valid: Split,
-           candidates: Sequence[Candidate],  # see `grid`
-           seed: int = 0,
-           cache: str | Path | None = None,  # folder of finished runs
-           device=None,
-           progress: bool = True,
-          ) -> tuple[Candidate, pd.DataFrame]:  # the best candidate; one row per candidate
-    "Choice by validation accuracy after the last epoch; `FloatingPointError` when every candidate diverges."
-    if not candidates: raise ValueError("select got no candidates to choose from")
-    trial = Trials(make_model, {"train": train, "valid": valid}, cache, device)
-    bar = tqdm(candidates, desc="select", disable=not progress)
-    results = [trial(replace(c.recipe, valid_every=0), c.config, seed, False) for c in bar]
-    scores = [r["history"]["rows"][-1]["valid_acc"] if r["status"] == "success" else None for r in results]
-    if not any(r["status"] == "success" for r in results):
-        raise FloatingPointError(f"all {len(candidates)} candidates diverged, the first with: {results[0]['error']}")
-    best = max((i for i, s in enumerate(scores) if s is not None), key=lambda i: (scores[i], -candidates[i].recipe.lr))
-    return candidates[best], _trials_frame(candidates, scores, results, best)
-
-def _trials_frame(candidates: Sequence[Candidate], scores: list, results: list[dict], best: int) -> pd.DataFrame:
-    "The settings that differ, the scores, and which one was chosen."
-    settings = [c.settings for c in candidates]
-    names = dict.fromkeys(name for s in settings for name in s)
-    varied = [name for name in names if any(s.get(name) != settings[0].get(name) for s in settings)] or ["lr"]
-    frame = pd.DataFrame([{name: s.get(name) for name in varied} for s in settings])
-    chosen = [i == best for i in range(len(candidates))]
-    return frame.assign(valid_acc=scores, status=[r["status"] for r in results], chosen=chosen)
-
-def run_seeds(make_model: Callable,        # `make_model(seed)` returns a fresh model, always on the same backbone
-              train: Split,                # in VPT's protocol training and validation images together: `task.trainval`
-              test: Split,
-              recipe: Recipe | str,
-              seeds: Sequence[int],        # VPT: `VPT_SEEDS`
-              valid: Split | None = None,  # only to be watched
-              cache: str | Path | None = None,  # folder of finished runs
-              device=None,
-              progress: bool = True,
-             ) -> list[History]:           # one per seed
-    "The final runs; `FloatingPointError` when one of them diverges."
-    splits = {"train": train, "test": test} | ({} if valid is None else {"valid": valid})
-    trial = Trials(make_model, splits, cache, device)
-    return [_history(trial(as_recipe(recipe), {}, seed, progress)) for seed in seeds]
-
-def _history(result: dict) -> History:
-    "The `History` of a finished run."
-    if result["status"] != "success": raise FloatingPointError(result["error"])
-    return from_dict(History, result["history"])

@@ -77,10 +77,9 @@ def test_only_mae_is_read_out_by_the_mean():
         assert pools == ({"all"} if pretraining == "mae_in1k" else {None})
 
 
-def test_released_features_are_the_preset_s():
+def test_released_features_are_left_to_the_preset():
     for settings in released_settings("mae_in1k").values(): assert not AS_RELEASED.keys() & settings["config"].keys()
-    config = asdict(method_config("da_vpt", "released"))
-    assert {key: config[key] for key in AS_RELEASED} == AS_RELEASED
+    assert AS_RELEASED == dict(patch_feature="input_mean", prompt_feature="raw", cls_feature="query", prompt_feature_cls="raw")   # D1, D2, D3
 
 
 def test_batches_that_the_release_reads_from_legacy_keys():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from hierprompt.accounting import count_macs, count_parameters
 from hierprompt.tuned import TunedModel, list_methods, load_tuned, tune, tuner_class
 
-METHODS = list_methods()
+METHODS = list_methods("vit")
 CASES = [(m, p) for m in METHODS for p in tuner_class(m).presets]
 LABELS = torch.arange(6) % 3
 AT_IDENTITY = {"linear", "full", "bias", "lora"}

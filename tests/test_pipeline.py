@@ -19,6 +19,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from hierprompt.backbones import load_backbone
 from hierprompt.cells import cell_candidates, cell_hash, cell_settings
+from hierprompt.clip import load_clip
 from hierprompt.core import read_json
 from hierprompt.data.tasks import Task
 from hierprompt.pipeline import LEVELS, leftovers, main, selected, stages
@@ -30,7 +31,9 @@ from hierprompt.tuned import load_tuned, method_modules
 
 TINY = {"base": "smoke", "data": {"train": 32, "val": 16, "test": 32}, "recipe": {"epochs": 2}, "variants": {"linear": {"keep": False}},
         "tables": {"baselines": {"variants": ["linear", "vpt_deep"]}, "ship": {"blocks": {"table_1": {"variants": ["ship", "vpt_deep"]}}},
-                   "davpt": {"blocks": {"table_1": {"variants": ["vpt_deep", "da_vpt"]}, "ship": None}}}}
+                   "davpt": {"blocks": {"table_1": {"variants": ["vpt_deep", "da_vpt"]}, "ship": None}},
+                   "adapt": {"blocks": {"table_1": {"variants": ["zsclip", "adapt_adaptive"]}}}}}
+ADAPT = {"zsclip-clip_fashion", "adapt_adaptive-clip_fashion"}   # its cells
 PROFILES = sorted(path.stem for path in (ROOT/"profiles").glob("*.yaml"))
 
 
@@ -181,7 +184,18 @@ def running(pid):
     ({"tables": {"mine": {"blocks": {"a": None}}}}, "table mine has no cells"),
     ({"tables": {"mine": {"blocks": {"a": {"variants": ["linear"]}}}}}, "lacks tasks"),
     ({"tables": {"mine": {"blocks": {"a": {"variants": ["lineer"], "tasks": ["emoji"]}}}}}, "unknown variant in table mine 'lineer'"),
-    ({"tables": {"mine": {"blocks": {"a": {"variants": ["linear"], "task": ["emoji"]}}}}}, "unknown key 'task'")])
+    ({"tables": {"mine": {"blocks": {"a": {"variants": ["linear"], "task": ["emoji"]}}}}}, "unknown key 'task'"),
+    ({"clip": {"image_size": None}}, "image_size = None"),
+    ({"clip": None}, "cell zsclip-clip_emoji: the profile has no `clip`"),
+    ({"clip": {"name": "ViT-B-16-quickgelu", "image_size": 224}}, "give the tag of the weights"),
+    ({"clip": {"pretrained": "openai"}}, "give the tag of the weights for a model of open_clip, and none for embedded_clip"),
+    ({"backbone": {"name": "tiny_random", "image_size": 32}}, "clip.name = 'embedded_clip' needs the ViT 'embedded_vit_small_patch14'"),
+    ({"shots": "all"}, "shots = 'all' is not of type int"),
+    ({"tables": {"adapt": {"blocks": {"fig_3": {"variants": ["adapt_t64"], "tasks": ["emoji"]}}}}}, "cell adapt_t64-emoji: method 'adapt' tunes a CLIP and wants a task of coop or embedded_clip"),
+    ({"tables": {"baselines": {"tasks": ["clip_emoji"]}}}, "method 'full' tunes a ViT and wants an ordinary task, 'clip_emoji' is none"),
+    ({"tasks": {"clip_emoji": {"root": "/data"}}}, "task 'clip_emoji' is embedded and has no folder"),
+    ({"variants": {"adapt": {"config": {"targets": 3}}}}, "unknown key 'targets' = 3 in configuration of 'adapt'. Did you mean 'target'?"),
+    ({"variants": {"cocoop": {"head_init": "vpt"}}}, "a CLIP has no classifier")])
 def test_a_profile_with_a_mistake_is_refused_and_changes_nothing(here, capsys, change, message):
     shutil.copytree(ROOT/"profiles", here/"profiles")
     (here/"profiles"/"mine.yaml").write_text(yaml.safe_dump({"base": "laptop", **change}))
@@ -221,8 +235,9 @@ def test_cells_are_those_of_the_blocks(name):
         assert table["tasks"] == list(dict.fromkeys(t for block in blocks for t in block["tasks"]))
         if table["table"] == "baselines": assert table["blocks"].keys() == {"baselines"}
     cells = {f"{name}-{v}-{t}" for table in params["tables"].values() for block in table["blocks"].values() for v in block["variants"] for t in block["tasks"]}
-    assert set(params["cells"]) == cells
-    assert set(selected(params, None)["run"]) == {f"run@{cell}" for cell in cells}
+    assert {*params["cells"], *params["clip_cells"]} == cells
+    assert {stage.split("run@")[1] for stage in selected(params, None)["run"]} == cells
+    assert all(stage.startswith("stages/clip/dvc.yaml:") == (stage.split("run@")[1] in params["clip_cells"]) for stage in selected(params, None)["run"])
 
 
 def test_a_variant_on_another_one_changes_what_it_names(tmp_path):
@@ -384,8 +399,8 @@ def tiny(tmp_path_factory):
 
 
 def test_everything_is_there(tiny):
-    assert set(results(tiny, "tiny")) == {"linear-emoji", "vpt_deep-emoji", "ship-emoji", "da_vpt-emoji"}
-    for table in ("baselines", "ship", "davpt"):
+    assert set(results(tiny, "tiny")) == {"linear-emoji", "vpt_deep-emoji", "ship-emoji", "da_vpt-emoji", *ADAPT}
+    for table in ("baselines", "ship", "davpt", "adapt"):
         assert list((tiny/"results/tiny/tables"/table).glob("*.md")) and list((tiny/"results/tiny/figures"/table).glob("*.png"))
 
 
@@ -406,15 +421,32 @@ def test_a_cell_tells_losses_apart_and_counts_what_was_trained(tiny):
     assert not [line for line in ignored.splitlines() if line.endswith((".gitignore", ".ipynb", ".safetensors"))], ignored
 
 
+def test_a_cell_on_clip_chooses_on_its_own_few_images(tiny):
+    found = {cell: record for cell, (record, _) in results(tiny, "tiny").items()}
+    plain, pruned = found["zsclip-clip_fashion"], found["adapt_adaptive-clip_fashion"]
+    assert plain["parameters"]["with_head"] == 0 and "fixed settings; 4 shots at most, 40 training images of 10 classes" in plain["protocol"]
+    assert "chosen per seed from 2 settings on 40 validation images" in pruned["protocol"]
+    chosen, left = pruned["diagnostics"]["chosen"], pruned["diagnostics"]["masks"]
+    assert [c["target"] for c in chosen] == [pruned["config"]["target"]] and chosen[0]["target"] in (8, 12)
+    kept = {branch: sum(row.count("1") for row in rows) for branch, rows in left.items()}
+    assert sum(kept.values()) == chosen[0]["target"]
+    assert pruned["parameters"]["with_head"] == 64 * kept["image"] + 48 * kept["text"]   # the tiny CLIP's widths
+    assert pruned["diagnostics"]["text_macs"] > plain["diagnostics"]["text_macs"] > 0
+    draws = read_json(tiny/"results/tiny/data/clip_fashion/draws.json")
+    assert list(draws) == ["0"] and set(draws["0"]) == {"train", "val"}
+
+
 def test_models_are_kept_where_the_profile_says_so(tiny):
     models = tiny/"results/tiny/models"
     assert {m.name: sorted(file.name for file in m.iterdir()) for m in models.iterdir()} == {
-        "linear-emoji": ["README.md"], **dict.fromkeys(["vpt_deep-emoji", "ship-emoji", "da_vpt-emoji"], ["config.json", "tuned.safetensors"])}
+        "linear-emoji": ["README.md"], **dict.fromkeys(["vpt_deep-emoji", "ship-emoji", "da_vpt-emoji", *ADAPT], ["config.json", "tuned.safetensors"])}
     vit = load_backbone("tiny_random", file=tiny/"data/backbones/tiny_random.safetensors", image_size=32)
     record, test = results(tiny, "tiny")["da_vpt-emoji"][0], Task.load(tiny/"data/tasks/tiny/emoji.safetensors").test
     assert evaluate(load_tuned(models/"da_vpt-emoji", vit), test) == pytest.approx(record["acc"][-1])
     lock = yaml.safe_load((tiny/"dvc.lock").read_text())["stages"]["run@tiny-da_vpt-emoji"]
     assert "results/tiny/models/da_vpt-emoji" in [out["path"] for out in lock["outs"]]
+    record, test = results(tiny, "tiny")["adapt_adaptive-clip_fashion"][0], Task.load(tiny/"data/tasks/tiny/clip_fashion.safetensors").test
+    assert evaluate(load_tuned(models/"adapt_adaptive-clip_fashion", load_clip("tiny_clip")), test) == pytest.approx(record["acc"][-1])
 
 
 def test_nothing_to_do(tiny):
@@ -450,28 +482,30 @@ def test_a_module_reaches_only_the_stages_that_use_it(tiny):
     assert stale_after("hierprompt/methods/lora.py") == set()
     assert stale_after("hierprompt/pipeline.py") == set()
     assert stale_after("hierprompt/methods/adapter.py") == set()
-    tables = {"tiny-baselines", "tiny-ship", "tiny-davpt"}
+    tables = {"tiny-baselines", "tiny-ship", "tiny-davpt", "tiny-adapt"}
     assert stale_after("hierprompt/tables.py") == tables
     assert stale_after("hierprompt/methods/ship.py") == {"tiny-ship-emoji", *tables}
+    assert stale_after("hierprompt/methods/pruning.py") == {"tiny-adapt_adaptive-clip_fashion"}
+    assert stale_after("hierprompt/prompted.py") == {f"tiny-{cell}" for cell in ADAPT}
     assert stale_after("hierprompt/methods/guidance.py") == {"tiny-da_vpt-emoji", *tables}   # a module of DA-VPT that its cells' method does not name
 
 
 def test_another_profile_and_back_keeps_what_is_finished(tiny):
-    before = (tiny/"dvc.lock").read_text()
+    before = (tiny/"dvc.lock").read_text(), (tiny/"stages/clip/dvc.lock").read_text()
     assert pipeline(tiny, "profile", "laptop", capture_output=True).returncode == 0
     assert json.loads(dvc(tiny, "status", "--json"))
     assert pipeline(tiny, "profile", "tiny", capture_output=True).returncode == 0
     assert json.loads(dvc(tiny, "status", "--json")) == {}
-    assert (tiny/"dvc.lock").read_text() == before
+    assert ((tiny/"dvc.lock").read_text(), (tiny/"stages/clip/dvc.lock").read_text()) == before
 
 
 def test_a_failing_stage_is_named_and_later_levels_do_not_start(tiny, tmp_path):
-    broken = {**TINY, "variants": {"vpt_deep": {"recipe_changes": {"batch_size": 1000}}}}
+    broken = {**TINY, "variants": {"vpt_deep": {"recipe_changes": {"lr": 1.0e30}, "grid": {"lr": [1.0e30, 2.0e30]}}}}
     folder = with_profile(shutil.copytree(tiny, tmp_path/"copy", symlinks=True), "tiny", broken)
     done = pipeline(folder, "repro", capture_output=True)
     assert done.returncode == 1 and "run@tiny-vpt_deep-emoji  FAILED" in done.stdout and "table@" not in done.stdout
-    assert "make no batch of 1000" in done.stdout
-    assert {file.parent.name for file in (folder/"results/tiny/runs").glob("*/metrics.json")} == {"linear-emoji", "ship-emoji", "da_vpt-emoji"}
+    assert "all 2 candidates diverged" in done.stdout
+    assert {file.parent.name for file in (folder/"results/tiny/runs").glob("*/metrics.json")} == {"linear-emoji", "ship-emoji", "da_vpt-emoji", *ADAPT}
     assert not (folder/"results/tiny/models/vpt_deep-emoji").exists()
     assert (folder/"results/tiny/notebooks/vpt_deep-emoji.failed.ipynb").is_file()
 
@@ -489,9 +523,10 @@ def prepared(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path/"hierprompt", symlinks=True)
     for name in ("runs", "models", "tables", "figures", "notebooks"): shutil.rmtree(folder/"results/tiny"/name)
     shutil.rmtree(folder/".dvc/cache/runs")
-    lock = yaml.safe_load((folder/"dvc.lock").read_text())
-    lock["stages"] = {name: stage for name, stage in lock["stages"].items() if name.startswith(("backbone@", "data@"))}
-    (folder/"dvc.lock").write_text(yaml.safe_dump(lock))
+    for file in (folder/"dvc.lock", folder/"stages/clip/dvc.lock"):
+        lock = yaml.safe_load(file.read_text())
+        lock["stages"] = {name: stage for name, stage in lock["stages"].items() if name.startswith(("backbone@", "data@"))}
+        file.write_text(yaml.safe_dump(lock))
     return folder
 
 
@@ -522,12 +557,13 @@ def test_repro_interrupted_with_two_jobs(tiny, prepared):
     assert results(prepared, "tiny") == results(tiny, "tiny")
 
 
-def test_a_cut_off_lock_file_is_mended(tiny, tmp_path):
+def test_cut_off_lock_files_are_mended(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path/"copy", symlinks=True)
-    lock = (folder/"dvc.lock").read_text()
-    (folder/"dvc.lock").write_text(lock[:lock.rindex("cmd:")])   # the last stage has lost its command
+    for file in (folder/"dvc.lock", folder/"stages/clip/dvc.lock"):
+        lock = file.read_text()
+        file.write_text(lock[:lock.rindex("cmd:")])   # the last stage has lost its command
     done = pipeline(folder, "repro", capture_output=True)
-    assert done.returncode == 0 and "dvc.lock was cut off" in done.stdout
+    assert done.returncode == 0 and "\ndvc.lock was cut off" in "\n" + done.stdout and "stages/clip/dvc.lock was cut off" in done.stdout
     assert results(folder, "tiny") == results(tiny, "tiny")
 
 
@@ -556,9 +592,33 @@ def test_paper_profile_on_fixture_trees(tmp_path):
     assert "VPT-Deep" in table and "not run" in table
 
 
-def test_paper_profile_without_folder_names_the_setting(tmp_path):
+def test_adapts_paper_profile_on_a_fixture_tree(tmp_path):
+    "Two seeds with draws of their own, CoOp's layout and templates, the tiny CLIP in place of OpenAI's."
+    from test_coop import make
+    make(tmp_path/"coop", "eurosat")
+    short = {"epochs": 2, "batch_size": 3}
+    values = {"base": "paper_adapt", "threads": 1, "backbone": {"name": "tiny_random", "image_size": 32}, "clip": {"name": "tiny_clip", "image_size": 32, "pretrained": None},
+              "seeds": [1, 2], "shots": 3, "clip_recipe": short, "tasks": {"coop": {"root": str(tmp_path/"coop"), "strict": False}},
+              "variants": {"adapt": {"config": {"num_tokens": 4, "warmup_epochs": 0}}},
+              "tables": {"adapt": {"blocks": {"table_1": {"variants": ["kgcoop", "adapt_t16"], "tasks": ["coop_eurosat"]}, **dict.fromkeys(["table_2", "table_3", "table_4", "fig_3", "ablations"])}}}}
+    values["variants"]["adapt"]["config"]["per_event"] = 8
+    folder = with_profile(make_clone(tmp_path/"hierprompt"), "fixture", values)
+    done = pipeline(folder, "repro", capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {cell: record for cell, (record, _) in results(folder, "fixture").items()}
+    assert set(found) == {"kgcoop-coop_eurosat", "adapt_t16-coop_eurosat"}
+    assert all(record["seeds"] == [1, 2] and record["recipe"]["augment"] == "random_resized_crop_flip" for record in found.values())
+    draws = read_json(folder/"results/fixture/data/coop_eurosat/draws.json")
+    assert draws["1"]["train"] != draws["2"]["train"]
+    assert found["kgcoop-coop_eurosat"]["data"]["templates"]["kgcoop"] == "a centered satellite photo of {}."
+    page = (folder/"results/fixture/tables/adapt/table_1.md").read_text()
+    assert "KgCoOp" in page and "not run" in page and "MaPLe" in page
+
+
+@pytest.mark.parametrize("profile, setting", [("paper", "tasks.vtab.root"), ("paper_adapt", "tasks.coop.root")])
+def test_paper_profiles_without_folder_name_the_setting(tmp_path, profile, setting):
     folder = make_clone(tmp_path/"hierprompt")
-    assert pipeline(folder, "profile", "paper", capture_output=True).returncode == 0
+    assert pipeline(folder, "profile", profile, capture_output=True).returncode == 0
     done = pipeline(folder, "repro", capture_output=True)
     assert done.returncode == 1
-    assert "tasks.vtab.root" in done.stderr and "profiles/paper.yaml" in done.stderr
+    assert setting in done.stderr and f"profiles/{profile}.yaml" in done.stderr

@@ -42,6 +42,21 @@ def test_da_vpt_presets():
     assert (paper.min_lr, paper.samples_per_class, paper.head_weight_decay) == (1e-8, None, None)
 
 
+PROMPTS_FOR_CLIP = {   # Adapt spec 2.0, its table, and 1.8: batch, rate, epochs
+    "coop": (32, 2e-3, 200), "coop_imagenet": (32, 2e-3, 50), "cocoop": (1, 2e-3, 10), "vpt_clip": (4, 2.5e-3, 5), "plot": (128, 2e-3, 200),
+    "plot_small_batch": (32, 2e-3, 200), "maple": (4, 3.5e-3, 5), "prograd": (32, 2e-3, 200), "kgcoop": (128, 2e-3, 100), "lamm": (32, 2e-3, 50),
+    "adapt": (4, 2.5e-3, 100), "clip_common": (4, 2.5e-3, 100)}
+
+
+@pytest.mark.parametrize("name", PROMPTS_FOR_CLIP)
+def test_presets_of_prompts_for_clip(name):
+    "What their authors share, and what differs."
+    r = recipe(name)
+    assert (r.batch_size, r.scaled(r.lr), r.epochs) == PROMPTS_FOR_CLIP[name]
+    assert (r.optimizer, r.weight_decay, r.drop_last, r.augment, r.drop_path, r.label_smoothing) == ("sgd", 5e-4, True, "random_resized_crop_flip", 0.0, 0.0)
+    assert (r.warmup, r.warmup_epochs, r.warmup_lr, r.min_lr, r.warmup_prefix, r.schedule_on) == ("constant", 1, 1e-5, 0.0, True, "epoch")
+
+
 @pytest.mark.parametrize("changes, error, message", [
     ({"optimizer": "lion"}, ValueError, "optimizer"),
     ({"augment": "flop"}, ValueError, "augment"),
@@ -71,7 +86,7 @@ def test_bad_settings_are_refused(changes, error, message):
     with pytest.raises(error, match=message): recipe("vpt", **changes)
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Recipe) if f.name in ("optimizer", "schedule_on", "augment", "precision")])
+@pytest.mark.parametrize("name", [f.name for f in fields(Recipe) if f.name in ("optimizer", "warmup", "schedule_on", "augment", "precision")])
 def test_choices_are_checked_on_direct_construction(name):
     with pytest.raises(KeyError, match=f"unknown Recipe.{name} 'other'"): replace(Recipe(), **{name: "other"})
 
@@ -108,6 +123,36 @@ def test_schedule_per_update(name, lowest, updates):
     optimizer = torch.optim.SGD([torch.zeros(())], lr=1e-3)
     set_rate(schedule(optimizer, r, updates), r, 100, total)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(lowest, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", PROMPTS_FOR_CLIP)
+def test_dassls_schedule(name):
+    "Adapt spec 2.0 and 6 (33): 1e-5 in epoch 1, then a cosine that begins at the full rate in epoch 2 and is as long as the whole run."
+    r = recipe(name)
+    rates = learning_rates(r)
+    assert rates == pytest.approx([1e-5] + [r.lr * cosine(e - 2, r.epochs) for e in range(2, r.epochs + 1)], rel=1e-12)
+    assert rates[1] == r.lr and rates[1:] == sorted(rates[1:], reverse=True) and rates[-1] > 0
+    optimizer = torch.optim.SGD([torch.zeros(())], lr=r.lr)
+    theirs, chained = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, r.epochs), []
+    for _ in range(r.epochs - 1):
+        chained.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    assert rates[1:] == pytest.approx(chained, rel=1e-9)
+
+
+@pytest.mark.parametrize("unit, steps", [("epoch", 1), ("update", 7)])
+def test_a_constant_warmup_of_several_epochs(unit, steps):
+    "Per update the same curve, finer; with the cosine running under the warm-up it has no counter of its own."
+    r = recipe("adapt", epochs=10, warmup_epochs=3, schedule_on=unit)
+    rates, under = learning_rates(r, steps), learning_rates(replace(r, warmup_prefix=False), steps)
+    assert rates[:3 * steps] == under[:3 * steps] == [1e-5] * 3 * steps
+    assert rates[3 * steps:] == pytest.approx([r.lr * cosine(t, 10 * steps) for t in range(7 * steps)], rel=1e-12)
+    assert under[3 * steps:] == pytest.approx([r.lr * cosine(t, 10 * steps) for t in range(3 * steps, 10 * steps)], rel=1e-12)
+
+
+def test_dassls_warmup_may_be_absent():
+    assert learning_rates(recipe("maple", warmup_epochs=0)) == pytest.approx([3.5e-3 * cosine(t, 5) for t in range(5)])
 
 
 def test_schedule_per_epoch_is_constant_within_an_epoch():
@@ -149,6 +194,23 @@ def test_optimizers_have_the_published_constants():
     assert adamw.defaults["betas"] == (0.9, 0.999) and adamw.defaults["eps"] == 1e-8
 
 
+@pytest.mark.parametrize("method", ["vpt_deep", "bias"])
+def test_prompts_for_clip_decay_whatever_their_shape(method):
+    "5e-4 on everything (Adapt spec 2.0); a bias of a classifier, which none of those models has, is the exception."
+    model = tune(load_backbone("tiny_random"), method, num_classes=4)
+    groups = build_optimizer(model, recipe("adapt")).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert all(decay[id(p)] == (0.0 if name == "head.bias" else 5e-4) for name, p in model.trainable().items())
+
+
+def test_a_model_that_trains_nothing_has_an_optimizer():
+    model = Model()
+    model.param_groups = lambda **kwargs: []
+    optimizer = build_optimizer(model, recipe("zero_shot"))
+    assert [group["params"] for group in optimizer.param_groups] == [[]]
+    optimizer.step()
+
+
 @pytest.mark.parametrize("asked, used", [(1e-2, 0.01), (1e-4, 0.01), (0.0, 0.0)])
 def test_released_adamw_decay(asked, used):
     "VPT's released branch: 0.01 for every name without bias (norm weights too), whatever is asked for, unless that is 0."
@@ -170,7 +232,7 @@ def test_da_vpt_groups(method):
         assert decay[id(p)] == (0.0 if p.ndim <= 1 else 3.0 if name == "head.weight" else 0.01), name
 
 
-GRID_SIZES = {"vpt": 40, "vpt_fgvc": 36, "vpt_linear": 40, "vpt_linear_mae": 52, "vpt_full": 16, "ship": 9, "da_vpt": 28, "da_vpt_prompts": 28}
+GRID_SIZES = {"vpt": 40, "vpt_fgvc": 36, "vpt_linear": 40, "vpt_linear_mae": 52, "vpt_full": 16, "ship": 9, "da_vpt": 28, "da_vpt_prompts": 28, "adapt_target": 7}
 
 
 @pytest.mark.parametrize("name, size", GRID_SIZES.items())

@@ -11,10 +11,11 @@ import yaml
 from packaging.requirements import Requirement
 
 from hierprompt.profiles import SLOTS, differences, load_profile, read_yaml, resolve
-from hierprompt.tuned import METHODS, method_modules
+from hierprompt.tuned import CLIP_METHODS, METHODS, method_modules
 
 ROOT = Path(__file__).parents[1]
 STAGES = read_yaml(ROOT/"dvc.yaml")["stages"]
+CLIP_STAGES = read_yaml(ROOT/"stages"/"clip"/"dvc.yaml")["stages"]
 PROFILES = sorted(path.stem for path in (ROOT/"profiles").glob("*.yaml"))
 
 
@@ -111,9 +112,9 @@ def needed(*notebooks):
 TABLES = sorted(str(path.relative_to(ROOT)) for path in (ROOT/"nbs"/"tables").glob("*.ipynb"))
 
 
-def modules_of(stage):
+def modules_of(stage, stages=STAGES):
     "The modules that every stage of a level depends on."
-    return {dep for dep in STAGES[stage]["do"]["deps"] if dep.endswith(".py") and "${" not in dep}
+    return {dep for dep in stages[stage]["do"]["deps"] if dep.endswith(".py") and "${" not in dep}
 
 
 WRITERS = {"hierprompt/results.py"}   # it only writes what a run has found: its changes make no run stale
@@ -126,6 +127,12 @@ LOADED = {f"hierprompt/methods/{name}.py" for name in method_modules("da_vpt")} 
     ("backbone", ["nbs/runs/backbone.ipynb"], set(), set()), ("run", ["nbs/runs/run.ipynb"], WRITERS, set()), ("table", TABLES, set(), LOADED)])
 def test_stages_depend_on_exactly_the_modules_they_use(stage, notebooks, unwanted, loaded):
     assert modules_of(stage) == needed(*notebooks) - unwanted | loaded
+
+
+@pytest.mark.parametrize("stage, notebook", [("data", "nbs/runs/few_shot.ipynb"), ("run", "nbs/runs/clip.ipynb")])
+def test_stages_of_clip_depend_on_exactly_the_modules_they_use(stage, notebook):
+    loaded = {"data": ["hierprompt.data.clip_tasks", "hierprompt.data.coop"], "run": ["hierprompt.embedded_clip"]}[stage]   # by name: BENCHMARKS, the embedded CLIP
+    assert modules_of(stage, CLIP_STAGES) == (needed(notebook) | behind(loaded)) - WRITERS
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -146,18 +153,19 @@ def test_data_stages_depend_on_all_that_loads_their_task_and_on_no_other_rendere
         assert all((ROOT/file).is_file() for file in own)
 
 
-def test_the_run_stage_has_a_line_for_each_module_of_a_method():
-    lines = [dep for dep in STAGES["run"]["do"]["deps"] if "modules" in dep]
+@pytest.mark.parametrize("stages, cells", [(STAGES, "cells"), (CLIP_STAGES, "clip_cells")])
+def test_the_run_stage_has_a_line_for_each_module_of_a_method(stages, cells):
+    lines = [dep for dep in stages["run"]["do"]["deps"] if "modules" in dep]
     assert lines == [f"hierprompt/methods/${{item.modules[{i}]}}.py" for i in range(SLOTS)]
-    assert all(len(cell["modules"]) == SLOTS for cell in read_yaml(ROOT/"params.yaml")["cells"].values())
+    assert all(len(cell["modules"]) == SLOTS for cell in read_yaml(ROOT/"params.yaml")[cells].values())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *CLIP_METHODS])
 def test_runs_depend_on_what_their_method_uses_and_on_no_other_method(method):
     own = {f"hierprompt/methods/{name}.py" for name in method_modules(method)}
-    used = behind([f"hierprompt.methods.{METHODS[method].split('.')[0]}"])
+    used = behind([f"hierprompt.methods.{(METHODS | CLIP_METHODS)[method].split('.')[0]}"])
     assert own == {file for file in used if file.startswith("hierprompt/methods/")}
-    assert used - own <= modules_of("run")
+    assert used - own <= modules_of("run", STAGES if method in METHODS else CLIP_STAGES)
 
 
 def test_git_holds_no_large_file():

@@ -1,7 +1,8 @@
-"""The training loop: determinism, modes, protocols, resuming, refusals."""
+"""The training loop: determinism, modes, protocols, features of augmented images, checkpoints, refusals."""
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -10,10 +11,12 @@ import torch.nn.functional as F
 
 from hierprompt import training
 from hierprompt.backbones import load_backbone
-from hierprompt.core import from_dict, read_json, rng, to_dict
+from hierprompt.clip import load_clip
+from hierprompt.core import from_dict, rng, to_dict
 from hierprompt.data.tasks import Split
-from hierprompt.recipes import Candidate, Recipe, grid, learning_rates, recipe
-from hierprompt.training import History, Trainer, class_batches, evaluate, fit, make_resident, run_seeds, select, tensor_digest
+from hierprompt.prompted import tune_clip
+from hierprompt.recipes import learning_rates, recipe
+from hierprompt.training import History, Resident, Trainer, class_batches, evaluate, fit, make_resident
 from hierprompt.tuned import tune
 
 QUICK = recipe("vpt", lr=0.2, epochs=3, warmup_epochs=0, batch_size=16)
@@ -95,14 +98,14 @@ def test_backbone_is_bitwise_unchanged_and_weights_move(vit):
     assert not model.training
 
 
-@pytest.mark.parametrize("images, drop_last, updates", [(1000, True, 15), (1000, False, 16), (800, True, 12), (64, True, 1), (10, False, 1)])
+@pytest.mark.parametrize("images, drop_last, updates", [(1000, True, 15), (1000, False, 16), (800, True, 12), (64, True, 1), (10, False, 1), (10, True, 1), (65, True, 1)])
 def test_updates_per_epoch(vit, images, drop_last, updates):
     split = Split(torch.zeros(images, 3, 32, 32, dtype=torch.uint8), torch.arange(images) % 4)
     model, r = tune(vit, "linear", num_classes=4), recipe("vpt", lr=1e-3, drop_last=drop_last, epochs=1, warmup_epochs=0)
     trainer = Trainer(model, make_resident(model, split, r, True), r, 0)
     trainer.epoch(0)
     assert trainer.updates == updates
-    assert trainer.images_seen == (updates * 64 if drop_last else images)
+    assert trainer.images_seen == (min(updates * 64, images) if drop_last else images)   # an only batch is never dropped (Adapt spec 2.0)
 
 
 def test_epoch_loss_is_the_mean_over_images(vit):
@@ -135,12 +138,89 @@ def test_rates_follow_the_recipe(vit, unit):
 def test_hooks_are_called_in_order(vit):
     model, calls = tune(vit, "vpt_deep", num_classes=4), []
     model.prepare = lambda images, labels, draw: calls.append(("prepare", tuple(images.shape), images.dtype, torch.rand(1).item()))
-    model.after_step = lambda step: calls.append(("step", step))
+    model.begin = lambda epochs, updates: calls.append(("begin", epochs, updates))
+    model.before_step = lambda step: calls.append(("gradients", step))
+    model.after_step = lambda step, optimizer: calls.append(("step", step))
     model.after_epoch = lambda epoch: calls.append(("epoch", epoch))
     quiet(model, TRAIN, recipe=recipe(QUICK, epochs=2), seed=3)
     with training.seeded(3, "kmeans", torch.device("cpu")): draw = torch.rand(1).item()
     assert calls[0] == ("prepare", (40, 3, 32, 32), torch.uint8, draw)
-    assert calls[1:] == [("step", 0), ("step", 1), ("step", 2), ("epoch", 0), ("step", 3), ("step", 4), ("step", 5), ("epoch", 1)]
+    steps = [[call for s in range(first, first + 3) for call in (("gradients", s), ("step", s))] for first in (0, 3)]
+    assert calls[1:] == [("begin", 2, 3), *steps[0], ("epoch", 0), *steps[1], ("epoch", 1)]
+
+
+def test_hooks_see_gradients_with_the_weights_that_made_them_and_then_the_optimizer(vit):
+    model, before, after = tune(vit, "vpt_deep", num_classes=4), [], []
+    def memory(optimizer): return [optimizer.state[p]["momentum_buffer"].clone() for p in model.trainable().values()]
+    model.before_step = lambda step: before.append((weights(model), [p.grad.clone() for p in model.trainable().values()]))
+    model.after_step = lambda step, optimizer: after.append((weights(model), memory(optimizer)))
+    quiet(model, TRAIN, recipe=recipe(QUICK, lr=0.5, lr_batch=None, weight_decay=0.0, clip_value=1e-3, batch_size=40, epochs=2, precision="fp32"))
+    (start, first), (middle, second) = before
+    assert max(g.abs().max().item() for g in first) == pytest.approx(1e-3) and same(middle, after[0][0]) and same(first, after[0][1])
+    for w, g, m, end, m_end in zip(middle, second, after[0][1], *after[1], strict=True):
+        torch.testing.assert_close(m_end, 0.9 * m + g)
+        torch.testing.assert_close(end, w - 0.25 * m_end)   # the second of two epochs of the cosine
+
+
+class Numbers(torch.nn.Module):
+    "Every number comes closer to a goal of its own; every other update one of them leaves, really or only behind a mask."
+    method, config, features_are_constant, device = "numbers", QUICK, False, torch.device("cpu")
+
+    def __init__(self, compact):
+        super().__init__()
+        self.compact, self.numbers, self.head = compact, torch.nn.Parameter(torch.linspace(-1, 1, 8)), torch.nn.Linear(1, 1)
+        self.register_buffer("left", torch.ones(8, dtype=torch.bool))
+
+    def param_groups(self, lr, weight_decay, head_lr, head_weight_decay, vectors):
+        return [{"params": [self.numbers], "lr": lr, "weight_decay": weight_decay}]
+
+    def losses(self, images, labels, label_smoothing):
+        goal = torch.arange(8) * images.float().mean()
+        errors = (self.numbers - goal[self.left]) ** 2 if self.compact else ((self.numbers - goal) ** 2)[self.left]
+        return errors.sum(), errors.new_zeros(())
+
+    tuner = property(lambda self: self)
+    def trainable(self): return {"numbers": self.numbers}
+    def restore(self, tensors): pass
+    def survivors(self): return self.numbers.detach().clone() if self.compact else self.numbers.detach()[self.left]
+    def begin(self, epochs, updates_per_epoch): pass
+    def before_step(self, step): pass
+    def after_epoch(self, epoch): pass
+
+    def after_step(self, step, optimizer):
+        if step % 2 == 0 or self.left.sum() == 2: return
+        was, lost = self.left.clone(), int(self.left.nonzero()[3 * step % int(self.left.sum())])
+        self.left[lost] = False
+        if self.compact:
+            rows, memory = self.left[was], optimizer.state[self.numbers]
+            self.numbers.data, memory["momentum_buffer"] = self.numbers.data[rows], memory["momentum_buffer"][rows]
+
+
+def numbers(compact, **changes):
+    data = Resident(torch.rand(6, 3, 1, 1, generator=torch.Generator().manual_seed(0)), torch.zeros(6, dtype=torch.int64), 1)
+    return Trainer(Numbers(compact), data, recipe("vpt", lr=0.02, lr_batch=None, batch_size=2, epochs=4, warmup_epochs=0, **changes), 0)
+
+
+def test_parameters_may_shrink_while_they_train():
+    "Adapt spec 1.9 and 6 (19): with momentum that follows, survivors move as if the others were only masked."
+    masked, compact = numbers(False), numbers(True)
+    for epoch in range(4):
+        assert masked.epoch(epoch) == compact.epoch(epoch)
+        assert torch.equal(masked.model.survivors(), compact.model.survivors())
+    assert masked.model.numbers.shape == (8,) and compact.model.numbers.shape == (2,)
+    compact.model.numbers.data[1] = math.nan
+    with pytest.raises(FloatingPointError, match="numbers: loss nan in epoch 3"): compact.epoch(3)
+
+
+def test_a_model_that_trains_nothing_is_only_looked_at(vit):
+    "Zero-shot CLIP: one epoch without a step."
+    model = tune(vit, "linear", num_classes=4)
+    model.param_groups = lambda **kwargs: []
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    h = quiet(model, TRAIN, VALID, recipe="zero_shot", test=TEST)
+    assert len(h.rows) == 1 and h.acc == evaluate(model, TEST) and h.valid_acc == evaluate(model, VALID)
+    assert h.rows[0]["loss"] == pytest.approx(F.cross_entropy(model(TRAIN.images), TRAIN.labels).item(), abs=1e-5)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 def test_gradient_values_are_clipped(vit):
@@ -386,6 +466,190 @@ def test_random_features_are_not_cached(vit, changes):
     quiet(model, TRAIN, VALID, recipe=r)
 
 
+# --- features of augmented images ---
+
+WIDE = tints(40, 3, size=36)
+
+
+@pytest.mark.parametrize("augment", ["flip", "crop_flip", "random_resized_crop_flip"])
+@pytest.mark.parametrize("changes", [{}, {"batch_size": 12, "eval_batch_size": 30, "drop_last": True, "label_smoothing": 0.1},
+                                     {"batch_size": 8, "eval_batch_size": 20, "samples_per_class": 2, "drop_last": True}, {"batch_size": 1, "epochs": 1}])
+def test_features_of_augmented_images_train_the_same_classifier(vit, augment, changes):
+    split = TRAIN if augment == "flip" else WIDE
+    r = recipe(QUICK, augment=augment, **changes)
+    fast, slow = tune(vit, "linear", num_classes=4), plain(tune(vit, "linear", num_classes=4))
+    a, b = (quiet(m, split, VALID, recipe=r, test=TEST, seed=2) for m in (fast, slow))
+    torch.testing.assert_close(fast.head.weight, slow.head.weight, atol=1e-5, rtol=1e-5)
+    for one, other in zip(a.rows, b.rows, strict=True): assert one == pytest.approx(other, abs=1e-5)
+
+
+def shown(vit, on_features, **changes):
+    "The images of two epochs, in the order in which the backbone sees them, and how many at a time."
+    model, seen = tune(vit, "linear", num_classes=4), []
+    r = recipe(QUICK, augment="random_resized_crop_flip", batch_size=8, **changes)
+    if not on_features: plain(model)
+    trainer = Trainer(model, make_resident(model, WIDE, r, True), r, 0)
+    normalise = model.normalise
+    model.normalise = lambda images: seen.append(images) or normalise(images)
+    for epoch in range(2): trainer.epoch(epoch)
+    return torch.cat(seen), [len(images) for images in seen]
+
+
+def test_crops_do_not_depend_on_how_many_images_the_backbone_sees_at_once(vit):
+    images, sizes = shown(vit, False)
+    assert sizes == [8] * 10 and not torch.equal(images[:40], images[40:])
+    for eval_batch_size, want in {256: [40] * 2, 30: [24, 16] * 2, 8: [8] * 10, 5: [5, 3] * 10}.items():
+        ahead, sizes = shown(vit, True, eval_batch_size=eval_batch_size)
+        assert sizes == want and torch.equal(ahead, images)
+
+
+def test_crops_are_cut_in_full_precision(vit):
+    "Coordinates in bfloat16 would be off by a pixel."
+    assert torch.equal(shown(vit, False, precision="bf16")[0], shown(vit, False, precision="fp32")[0])
+
+
+@pytest.mark.parametrize("augment", ["none", "flip"])
+def test_features_may_have_any_shape(vit, augment):
+    "One vector per token, as local features of CLIP; the loss gets them whole, with the smoothing, and evaluation scores them."
+    model, seen = tune(vit, "linear", num_classes=4), []
+    model.features = lambda images: model.tokens(images)[:, :5]
+    model.head.forward = lambda x: x.flatten(1).mean(1, keepdim=True) * model.head.weight[:, 0] + model.head.bias
+    def losses(features, labels, label_smoothing):
+        seen.append((tuple(features.shape), features.dtype, features.requires_grad, features.is_inference(), label_smoothing))
+        return F.cross_entropy(model.head(features), labels), features.new_full((), 0.25)
+    model.losses_from_features = losses
+    row = quiet(model, TRAIN, VALID, recipe=recipe(QUICK, augment=augment, label_smoothing=0.3, epochs=1), seed=1).rows[0]
+    assert seen == [((n, 5, 64), torch.float32, False, False, 0.3) for n in (16, 16, 8)]
+    assert row["aux_loss"] == 0.25 and row["valid_loss"] > 0 and not model.training
+
+
+# --- checkpoints ---
+
+def trainer_of(vit, method, config=None, **changes):
+    if method == "numbers": return numbers(True)
+    model, r = tune(vit, method, num_classes=4, seed=1, **(config or {})), recipe(QUICK, batch_size=8, **changes)
+    with training.seeded(2, "kmeans", torch.device("cpu")): model.prepare(WIDE.images[..., 2:34, 2:34], WIDE.labels)
+    return Trainer(model, make_resident(model, WIDE, r, True), r, 2)
+
+
+RUNS = {"ship": ("ship", TINY_SHIP), "da_vpt": ("da_vpt", {}, dict(samples_per_class=2, drop_last=True)),
+        "vpt": ("vpt_deep", {"num_tokens": 2, "dropout": 0.1}), "shrinking": ("numbers",), "classes": ("vpt_shallow", {}, dict(samples_per_class=2, drop_last=True)),
+        "adamw": ("adapter", {"dropout": 0.1}, dict(optimizer="adamw", lr=0.01, augment="crop_flip")), "none": ("linear",),
+        "features": ("linear", {}, dict(augment="random_resized_crop_flip", eval_batch_size=20))}
+
+
+def finish(trainer): return [trainer.epoch(e) for e in range(trainer.epochs_done, trainer.recipe.epochs)], [p.detach().clone() for p in trainer._weights()]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_interrupted_run_goes_on_bitwise(vit, tmp_path, name):
+    "Adapt spec 6, invariant 20: stopped between epochs, or in the middle or at the end of the second one."
+    method, config, changes = (*RUNS[name], {}, {})[:3]
+    def make(): return trainer_of(vit, method, config, **changes)
+    torch.manual_seed(0)
+    whole = make()
+    rows, end = finish(whole)
+    for after in (0, 2, 3) if name == "shrinking" else (0, 3, 5):   # of 3 and 5 updates an epoch
+        torch.manual_seed(0)
+        stopped = make()
+        first = stopped.epoch(0)
+        for _, update in zip(range(after), stopped.steps(1)): pass
+        assert stopped.done == after and stopped.epochs_done == 1
+        stopped.save_checkpoint(tmp_path/"run.safetensors")
+        torch.manual_seed(99)
+        going_on = make()
+        going_on.load_checkpoint(tmp_path/"run.safetensors")
+        rest, weights_then = finish(going_on)
+        assert [first, *rest] == rows and same(weights_then, end), after
+        assert (going_on.updates, going_on.images_seen) == (whole.updates, whole.images_seen)
+
+
+def test_a_state_is_a_copy(vit):
+    torch.manual_seed(0)
+    trainer = trainer_of(vit, "vpt_deep", {"dropout": 0.1})
+    trainer.epoch(0)
+    steps = trainer.steps(1)
+    next(steps)
+    state = trainer.state()
+    ends = [finish(trainer)]
+    for _ in range(2):
+        trainer.restore(state)
+        ends.append(finish(trainer))
+    assert ends[0][0] == ends[1][0] == ends[2][0] and same(ends[0][1], ends[1][1]) and same(ends[1][1], ends[2][1])
+
+
+# --- models on CLIP ---
+
+NAMES = ["cat", "red square", "green tree", "river"]
+ON_CLIP = {"coop": dict(n_ctx=4), "adapt": dict(target=60, period=3, per_event=8, warmup_epochs=0, adapt_period=False)}
+
+
+@pytest.fixture(scope="module")
+def clip(): return load_clip("tiny_clip")
+
+
+def on_clip(clip, method, augment, **changes):
+    model = tune_clip(clip, method, NAMES, seed=1, **ON_CLIP[method])
+    r = recipe("adapt", epochs=3, batch_size=8, augment=augment, **changes)
+    return Trainer(model, make_resident(model, TRAIN, r, True), r, 2)
+
+
+@pytest.mark.parametrize("method, augment", [("coop", "random_resized_crop_flip"), ("coop", "none"), ("adapt", "random_resized_crop_flip")])
+def test_an_interrupted_run_on_clip_goes_on_bitwise(clip, tmp_path, method, augment):
+    "Adapt spec 6, invariant 20: also in the middle of a window of scores, and when prompts have gone since."
+    whole = on_clip(clip, method, augment)
+    rows, end = finish(whole)
+    for after in (0, 2, 5):
+        stopped = on_clip(clip, method, augment)
+        stopped.epoch(0)
+        for _, update in zip(range(after), stopped.steps(1)): pass
+        stopped.save_checkpoint(tmp_path/"run.safetensors")
+        going_on = on_clip(clip, method, augment)
+        going_on.load_checkpoint(tmp_path/"run.safetensors")
+        rest, then = finish(going_on)
+        assert rest == rows[1:] and same(then, end), after
+        assert going_on.model.diagnostics(TEST.images) == whole.model.diagnostics(TEST.images)
+    if method == "adapt": assert whole.model.tuner.pruning.count == 60 and 60 < stopped.model.tuner.pruning.count < 96
+
+
+@pytest.mark.parametrize("changes", [{}, {"label_smoothing": 0.1, "eval_batch_size": 20}])
+def test_texts_train_on_features_of_crops_as_on_the_crops(clip, changes):
+    ahead, plainly = on_clip(clip, "coop", "random_resized_crop_flip", **changes), on_clip(clip, "coop", "random_resized_crop_flip", **changes)
+    plainly.on_features, plainly.losses = False, partial(plainly.model.losses, label_smoothing=plainly.recipe.label_smoothing)
+    assert ahead.on_features and ahead.model.features_are_constant
+    for epoch in range(3): assert ahead.epoch(epoch) == pytest.approx(plainly.epoch(epoch), abs=1e-5)
+    torch.testing.assert_close(ahead._weights(), plainly._weights(), atol=1e-6, rtol=1e-4)
+
+
+def test_zero_shot_clip_is_fitted_in_one_look(clip, caplog):
+    model = tune_clip(clip, "zero_shot", NAMES)
+    h = quiet(model, TRAIN, recipe="zero_shot", test=TEST)
+    assert len(h.rows) == 1 and h.acc == evaluate(model, TEST) and not caplog.records
+
+
+# --- checkpoints that are refused ---
+
+@pytest.mark.parametrize("kwargs, message", [
+    (dict(method="adapter"), "method = vpt_deep, this run adapter"),
+    (dict(method="vpt_deep", config={"num_tokens": 3}), "has config = .*'num_tokens': 10"),
+    (dict(method="vpt_deep", lr=0.3), "has recipe = .*'lr': 0.2.* this run .*'lr': 0.3")])
+def test_a_checkpoint_of_another_run_is_refused(vit, kwargs, message):
+    state = trainer_of(vit, "vpt_deep").state()
+    with pytest.raises(ValueError, match=message): trainer_of(vit, **kwargs).restore(state)
+
+
+def test_checkpoints_that_do_not_fit_or_are_damaged(vit, tmp_path):
+    trainer, path = trainer_of(vit, "vpt_deep"), tmp_path/"run.safetensors"
+    state = trainer.state()
+    state["tensors"]["model.other"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"does not fit the model: they differ in \['model.other'\]"): trainer.restore(state)
+    trainer.save_checkpoint(path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="run.safetensors is no complete checkpoint"): trainer.load_checkpoint(path)
+    with pytest.raises(FileNotFoundError): trainer.load_checkpoint(tmp_path/"absent.safetensors")
+
+
 # --- image sizes and augmentation ---
 
 def test_images_with_a_margin_are_cropped(vit):
@@ -423,8 +687,9 @@ def test_labels_are_checked_before_training(vit, labels, message):
     with pytest.raises(ValueError, match=message): evaluate(model, bad)
 
 
-def test_a_split_smaller_than_a_batch_with_drop_last(vit):
-    with pytest.raises(ValueError, match="40 training images make no batch of 64 with drop_last"): quiet(tune(vit, "linear", num_classes=4), TRAIN, recipe="noah")
+def test_a_split_smaller_than_a_batch_of_classes(vit):
+    with pytest.raises(ValueError, match="40 images make no batch of 64 with 2 images per class"):
+        quiet(tune(vit, "linear", num_classes=4), TRAIN, recipe=recipe("da_vpt", batch_size=64))
 
 
 def test_unknown_recipes_are_refused(vit):
@@ -435,7 +700,7 @@ def test_unknown_recipes_are_refused(vit):
 def test_loss_that_is_not_finite_stops_the_epoch(vit, value):
     model, steps = tune(vit, "vpt_deep", num_classes=4), []
     losses = model.losses
-    model.after_step = steps.append
+    model.after_step = lambda step, optimizer: steps.append(step)
     model.losses = lambda *a, **k: [loss * (value if len(steps) == 4 else 1) for loss in losses(*a, **k)]
     with pytest.raises(FloatingPointError, match=r"vpt_deep: loss (nan|inf) in epoch 1 at learning rate .* smaller lr"): quiet(model, TRAIN, recipe=QUICK)
     assert len(steps) == 6   # three updates an epoch
@@ -443,7 +708,7 @@ def test_loss_that_is_not_finite_stops_the_epoch(vit, value):
 
 def test_weights_that_are_not_finite_stop_the_epoch(vit):
     model = tune(vit, "vpt_deep", num_classes=4)
-    def spoil(step):
+    def spoil(step, optimizer):
         if step == 8: model.head.weight.data[0, 0] = math.nan   # after the last loss of the run
     model.after_step = spoil
     with pytest.raises(FloatingPointError, match="epoch 2"): quiet(model, TRAIN, recipe=QUICK)
@@ -518,145 +783,6 @@ def test_history_writes_and_draws(tmp_path):
     assert "vpt_deep, seed 0, cpu" in h._repr_html_() and len(history([None] * 50)._repr_html_()) < 4000
 
 
-# --- selection and final runs ---
-
-class Factory:
-    "Makes models and remembers for which seeds; fails at the call number `stop`."
-    def __init__(self, vit, method="linear", stop=None, **config): self.vit, self.method, self.config, self.stop, self.seeds = vit, method, config, stop, []
-
-    def __call__(self, seed, **config):
-        if len(self.seeds) == self.stop: raise KeyboardInterrupt
-        self.seeds.append(seed)
-        return tune(self.vit, self.method, num_classes=4, seed=seed, **{**self.config, **config})
-
-
-@pytest.fixture
-def trained(monkeypatch):
-    "How often the loop really ran."
-    runs, fit_ = [], training._fit
-    monkeypatch.setattr(training, "_fit", lambda *a: runs.append(a) or fit_(*a))
-    return runs
-
-
-def chosen(vit, candidates, method="linear", **kwargs):
-    return select(Factory(vit, method), TRAIN, VALID, candidates, progress=False, device="cpu", **kwargs)
-
-
-def test_select_takes_the_best_last_epoch(vit):
-    recipes = grid(QUICK, lr=[1e-9, 1.0])
-    best, trials = chosen(vit, recipes)
-    assert best == recipes[1] and list(trials.chosen) == [False, True] and list(trials.columns) == ["lr", "valid_acc", "status", "chosen"]
-    model = tune(vit, "linear", num_classes=4)
-    assert trials.valid_acc[1] == quiet(model, TRAIN, VALID, recipe=recipes[1].recipe).valid_acc == evaluate(model, VALID)
-
-
-def test_select_chooses_settings_of_the_method(vit, tmp_path, trained):
-    candidates = grid(QUICK, lr=[0.1, 1e-9], **{"config.num_tokens": [3, 1]})
-    best, trials = chosen(vit, candidates, "vpt_deep", cache=tmp_path)
-    assert list(trials.columns) == ["lr", "config.num_tokens", "valid_acc", "status", "chosen"]
-    assert list(trials["config.num_tokens"]) == [3, 1, 3, 1] and list(trials.lr) == [1e-9, 1e-9, 0.1, 0.1]
-    model = tune(vit, "vpt_deep", num_classes=4, **best.config)
-    assert len(trained) == len(list(tmp_path.iterdir())) == 4   # one remembered trial per setting
-    chosen(vit, candidates, "vpt_deep", cache=tmp_path)
-    assert len(trained) == 4
-    assert trials.valid_acc[candidates.index(best)] == quiet(model, TRAIN, VALID, recipe=best.recipe).valid_acc == trials.valid_acc.max()
-
-
-def test_settings_of_a_method_that_is_not_prepared_yet_are_told_apart(vit, tmp_path, trained):
-    "SHIP has no prompts before `prepare`: the weights of its trials are equal, their settings are not."
-    candidates = [Candidate(recipe(QUICK, epochs=1), {**TINY_SHIP, "threshold": t, "lambda_d": d}) for t in (0.9, 0.99) for d in (0.1, 0.2)]
-    best, trials = chosen(vit, candidates, "ship", cache=tmp_path)
-    assert len(trained) == len(list(tmp_path.iterdir())) == 4 and list(trials.columns)[:2] == ["config.threshold", "config.lambda_d"]
-
-
-def test_an_unknown_setting_of_the_method_is_an_error(vit):
-    with pytest.raises(TypeError, match="unknown key 'num_token'.*Did you mean 'num_tokens'"): chosen(vit, grid(QUICK, **{"config.num_token": [1, 2]}), "vpt_deep")
-
-
-def test_ties_go_to_the_smaller_rate(vit):
-    tied = [Candidate(recipe(QUICK, lr=lr, weight_decay=d)) for lr in (1e-9, 1e-12, 1e-10) for d in (0.1, 0.0)]
-    best, trials = chosen(vit, tied)
-    assert trials.valid_acc.nunique() == 1 and (best.recipe.lr, best.recipe.weight_decay) == (1e-12, 0.1)
-    tied = [Candidate(recipe(QUICK, lr=lr), {"dropout": d}) for lr in (1e-10, 1e-12) for d in (0.2, 0.1)]   # the first of the smallest rate
-    best, trials = chosen(vit, tied, "vpt_deep")
-    assert trials.valid_acc.nunique() == 1 and best == tied[2]
-
-
-def test_diverged_trials_are_shown_and_never_chosen(vit):
-    bad, good = Candidate(recipe(QUICK, lr=1e38)), Candidate(recipe(QUICK, lr=0.1))
-    best, trials = chosen(vit, [bad, good])
-    assert best == good and list(trials.status) == ["diverged", "success"] and math.isnan(trials.valid_acc[0])
-    with pytest.raises(FloatingPointError, match="all 1 candidates diverged.*smaller lr than 1e"): chosen(vit, [bad])
-    with pytest.raises(ValueError, match="no candidates"): chosen(vit, [])
-
-
-def test_an_interrupted_selection_loses_no_finished_trial(vit, tmp_path, trained):
-    recipes = grid(QUICK, lr=[0.01, 0.1, 1.0, 1e38])
-    with pytest.raises(KeyboardInterrupt): select(Factory(vit, stop=2), TRAIN, VALID, recipes, cache=tmp_path, progress=False, device="cpu")
-    assert len(list(tmp_path.iterdir())) == len(trained) == 2
-    best, trials = chosen(vit, recipes, cache=tmp_path)
-    assert len(trained) == 4
-    want, table = chosen(vit, recipes)
-    assert best == want
-    pd.testing.assert_frame_equal(trials, table)
-    trained.clear()
-    chosen(vit, recipes, cache=tmp_path)
-    assert not trained   # the diverged one is remembered too
-
-
-def test_final_runs_resume_and_equal_uninterrupted_ones(vit, tmp_path, trained):
-    def final(factory, **kwargs): return run_seeds(factory, TRAIN, TEST, QUICK, [4, 5, 6], progress=False, device="cpu", **kwargs)
-    with pytest.raises(KeyboardInterrupt): final(Factory(vit, "vpt_deep", stop=1), cache=tmp_path)
-    resumed, whole = final(Factory(vit, "vpt_deep"), cache=tmp_path), final(Factory(vit, "vpt_deep"))
-    assert len(trained) == 1 + 2 + 3
-    assert [h.rows for h in resumed] == [h.rows for h in whole] and [h.seed for h in resumed] == [4, 5, 6]
-    assert len({h.rows[-1]["loss"] for h in whole}) == 3 and all(h.num_test_evaluations == 1 for h in whole)
-    kept = next(tmp_path.iterdir())
-    assert read_json(kept).keys() == {"status", "history"} and kept.stat().st_size < 4000   # a history, no weights
-
-
-def test_a_final_run_that_diverges_is_an_error(vit):
-    with pytest.raises(FloatingPointError, match="smaller lr"):
-        run_seeds(Factory(vit), TRAIN, TEST, recipe(QUICK, lr=1e38), [0], progress=False, device="cpu")
-
-
-def test_remembered_runs_know_what_they_depend_on(vit, tmp_path, trained):
-    def run(factory=Factory(vit), train=TRAIN, r=QUICK, seed=0): run_seeds(factory, train, TEST, r, [seed], cache=tmp_path, progress=False, device="cpu")
-    run()
-    flipped = Split(TRAIN.images.flip(-1), TRAIN.labels)
-    relabelled = Split(TRAIN.images, TRAIN.labels.flip(0))
-    other = load_backbone("tiny_random")
-    other.blocks[0].attn.qkv.weight.data[0, 0] += 1e-3
-    for change in (dict(seed=1), dict(train=flipped), dict(train=relabelled), dict(r=replace(QUICK, lr=0.3)), dict(factory=Factory(other)),
-                   dict(factory=Factory(vit, "vpt_deep")), dict(factory=Factory(vit, "vpt_deep", dropout=0.1))):
-        before = len(trained)
-        run(**change)
-        assert len(trained) == before + 1, change
-        run(**change)
-        assert len(trained) == before + 1, change
-
-
-def test_a_damaged_remembered_run_is_named(vit, tmp_path):
-    chosen(vit, [Candidate(QUICK)], cache=tmp_path)
-    path = next(tmp_path.iterdir())
-    path.write_text(path.read_text()[:50])
-    with pytest.raises(ValueError, match=path.name): chosen(vit, [Candidate(QUICK)], cache=tmp_path)
-
-
-def test_selection_computes_constant_features_once(vit, monkeypatch):
-    calls, features = [], training._features
-    monkeypatch.setattr(training, "_features", lambda *a: calls.append(a) or features(*a))
-    chosen(vit, grid(QUICK, lr=[0.01, 0.1, 1.0]))
-    assert len(calls) == 2   # train and valid
-
-
-def test_tensor_digest_sees_values_shapes_and_types():
-    x = torch.arange(6.0)
-    variants = [[x], [x.view(2, 3)], [x.double()], [x + 1e-7], [x[:3], x[3:]], [x.bfloat16()], [torch.tensor(1.0)], []]
-    digests = [tensor_digest(v) for v in variants]
-    assert len(set(digests)) == len(digests) and tensor_digest([x.view(2, 3).T.contiguous().T]) == digests[1]
-
-
 # --- CUDA ---
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -672,7 +798,7 @@ def test_no_host_sync_inside_an_epoch(vit, name):
     model.train()
     rows = torch.arange(16, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
-    try: [trainer._update(1, rows) for _ in range(3)]
+    try: [trainer._update(1, rows, trainer._inputs(rows)) for _ in range(3)]
     finally: torch.cuda.set_sync_debug_mode("default")
 
 
@@ -681,3 +807,19 @@ def test_cuda_trains_in_bf16_and_repeats_the_order(vit):
     rows = {d: fit(tune(load_backbone("tiny_random"), "vpt_deep", num_classes=4), TRAIN, VALID, QUICK, TEST, device=d, progress=False) for d in ("cpu", "cuda")}
     assert rows["cuda"].device.startswith("cuda") and rows["cuda"].peak_memory_mb > 0
     assert [r["loss"] for r in rows["cuda"].rows] == pytest.approx([r["loss"] for r in rows["cpu"].rows], abs=0.05)
+
+
+@needs_cuda
+def test_cuda_goes_on_from_a_checkpoint(vit, tmp_path):
+    def make(): return Trainer(model := tune(load_backbone("tiny_random"), "vpt_deep", num_classes=4, dropout=0.1).to("cuda"), make_resident(model, TRAIN, QUICK, True), QUICK, 0)
+    torch.manual_seed(0)
+    rows, end = finish(make())
+    torch.manual_seed(0)
+    stopped = make()
+    next(stopped.steps(0))
+    stopped.save_checkpoint(tmp_path/"run.safetensors")
+    torch.manual_seed(99)
+    going_on = make()
+    going_on.load_checkpoint(tmp_path/"run.safetensors")
+    rest, then = finish(going_on)
+    assert rest == rows and same(then, end)

@@ -21,7 +21,8 @@ from ..core import lookup
 
 # %% ../../nbs/data/00a_preprocess.ipynb #67f3f208
 NORMALIZE = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # mean, std of RGB in 0..1
-             "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}             # what in21k ViTs were pretrained with
+             "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),             # what in21k ViTs were pretrained with
+             "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}  # Adapt specification 4.4
 
 @dataclass(frozen=True)
 class Preprocess:
@@ -29,7 +30,7 @@ class Preprocess:
     resize: Literal["squash", "short_side_crop"] = "squash"
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     antialias: bool = False         # True: as PIL does; False: as TensorFlow's `tf.image.resize` does
-    normalize: Literal["imagenet", "inception", "backbone"] = "imagenet"  # "backbone": the backbone's own statistics
+    normalize: Literal["imagenet", "inception", "clip", "backbone"] = "imagenet"  # "backbone": the backbone's own statistics
     short_side: int | None = None   # for "short_side_crop": pixels at a model of 224
 
     def __post_init__(self):
@@ -50,6 +51,8 @@ _PIL = Preprocess("squash", "bicubic", True, "imagenet")
 _PIL_HALF = Preprocess("squash", "bicubic", True, "inception")
 _DA_VPT_FGVC = Preprocess("short_side_crop", "bicubic", True, "imagenet", 256)
 _VPT_FGVC = Preprocess("short_side_crop", "bilinear", True, "imagenet", 256)
+_CLIP = Preprocess("short_side_crop", "bicubic", True, "clip", 224)
+_BACKBONE = Preprocess("squash", "bicubic", True, "backbone")  # ours: the backbone's own statistics
 
 PREPROCESS = {  # baselines specification 2.1 (VTAB-1k) and 2.2 (FGVC)
     "paper": _TF, "released": _PIL_HALF,
@@ -58,12 +61,14 @@ PREPROCESS = {  # baselines specification 2.1 (VTAB-1k) and 2.2 (FGVC)
     "noah_vpt": _PIL_HALF, "ship": _PIL_HALF, "ssf": _PIL_HALF,
     "sa2vp": Preprocess("squash", "bilinear", True, "inception"),
     "da_vpt": Preprocess("short_side_crop", "bicubic", True, "imagenet", 224),
-    "backbone": Preprocess("squash", "bicubic", True, "backbone"),  # ours: the backbone's own statistics
+    "backbone": _BACKBONE, "clip": _CLIP,
     "paper_fgvc": _VPT_FGVC, "vpt_fgvc": _VPT_FGVC, "released_fgvc": _DA_VPT_FGVC, "da_vpt_fgvc": _DA_VPT_FGVC,
-    "ssf_fgvc": Preprocess("short_side_crop", "bicubic", True, "inception", 248)}  # crop_pct 0.9: floor(224 / 0.9)
+    "ssf_fgvc": Preprocess("short_side_crop", "bicubic", True, "inception", 248),  # crop_pct 0.9: floor(224 / 0.9)
+    "paper_coop": _CLIP, "released_coop": _CLIP,  # Adapt specification 4.4
+    "paper_embedded_clip": _BACKBONE, "released_embedded_clip": _BACKBONE}
 
 def get_preprocess(preprocess: str | Preprocess,  # a name of `PREPROCESS`, or one's own
-                   benchmark: str = "vtab",       # "fgvc" prefers the entry with the suffix "_fgvc"
+                   benchmark: str = "vtab",       # "fgvc" prefers the entry with the suffix "_fgvc", "coop" that with "_coop", ...
                   ) -> Preprocess:
     "The preset of that name; an unknown one raises `KeyError`."
     if isinstance(preprocess, Preprocess): return preprocess
@@ -182,7 +187,7 @@ class Augment:
 
 AUGMENT = {"none": Augment(), "flip": Augment(flip=True),
            "crop_flip": Augment("random", True),                  # VPT and E2VPT on FGVC (baselines specification 2.2)
-           "random_resized_crop_flip": Augment("resized", True)}  # DA-VPT, SSF and MP on FGVC
+           "random_resized_crop_flip": Augment("resized", True)}  # DA-VPT, SSF and MP on FGVC; CoOp and all that follow it (Adapt specification 4.4)
 
 def augment(images: torch.Tensor,                      # (B, 3, S, S) uint8, on any device
             name: str,                                 # a key of `AUGMENT`

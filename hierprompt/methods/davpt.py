@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import lookup
-from ..engine import Context, Segment, Tuner, join
+from ..engine import Context, Segment, join
 from .class_map import layer_prompts
-from .guidance import Guidance, GuidanceConfig, few_per_class
-from .token_init import read_tokens, start_tokens
+from .guidance import Guided, GuidanceConfig, few_per_class
+from .token_init import SAMPLED, read_tokens, start_tokens
 
 # %% ../../nbs/methods/06_davpt.ipynb #c277f1a4
 @dataclass
@@ -102,14 +102,14 @@ PRESETS = {
 PRESETS["released_legacy"] = {**PRESETS["released"], "patch_feature": "key_mean", "prompt_feature": "query", "prompt_feature_cls": "key"}   # keys that the released parser ignores (D24)
 
 # %% ../../nbs/methods/06_davpt.ipynb #80f81f09
-class DAVPT(Tuner):
+class DAVPT(Guided):
     "Distribution-aware visual prompt tuning; without guidance and biases it is VPT-Deep."
     Config, presets = DAVPTConfig, PRESETS
 
     def __init__(self, host, config: DAVPTConfig, rng: torch.Generator | None = None, num_classes: int | None = None):
-        super().__init__(host, config)
         _check_pool(host, config)
-        self.blocks, self.first, self.prepared = host.blocks, host.num_prefix_tokens, config.init in ("rel", "vpt")
+        super().__init__(host, config, rng, num_classes, config.pool)
+        self.first, self.prepared = host.num_prefix_tokens, config.init in ("rel", "vpt")
         self.seed = (torch if rng is None else rng).initial_seed()
         self.counts = prompt_counts(config, host.depth, num_classes)
         random = torch.empty(sum(self.counts), host.dim).uniform_(-1, 1, generator=rng).split(self.counts)
@@ -117,7 +117,6 @@ class DAVPT(Tuner):
         self.vpt_norm = nn.LayerNorm(host.dim, eps=1e-6) if config.vpt_norm == "layer" else None
         links = [str(i - 1) for i in range(1, host.depth) if self.linked(i)] if config.connection == "gate" else []
         self.gates = nn.ParameterDict({name: nn.Parameter(torch.tensor(-config.gate_init)) for name in links})
-        self.guidance = Guidance(host, config, num_classes, rng, config.pool) if config.guides else None
         self.release(host, bias_names(config.bias_set))
 
     @classmethod
@@ -148,7 +147,7 @@ class DAVPT(Tuner):
     @property
     def reads_tokens(self) -> bool:
         "When the pooling, or a loss, looks at every token."
-        return self.config.pool != "host" or self.guidance is not None and self.guidance.reads_tokens
+        return self.config.pool != "host" or super().reads_tokens
 
     def vectors(self, i: int) -> Tensor:
         "Block `i`'s prompts (n, D) after `vpt_norm`."
@@ -173,9 +172,6 @@ class DAVPT(Tuner):
         "How much of the block before enters block `i`."
         return self.gates[str(i - 1)].sigmoid() if self.config.connection == "gate" else self.config.connection_ratio
 
-    def watches(self, i: int, ctx: Context) -> bool:
-        return self.guidance is not None and self.guidance.watches(i, ctx)
-
     def mix(self, i: int, q: Tensor, k: Tensor, v: Tensor, prompts: list[tuple], ctx: Context) -> Tensor:
         "One softmax for all; with `prompt_mask` prompts that attend see patches alone, in a call of their own (no additive mask)."
         n, kept = ctx.num_instance, k.shape[2] - ctx.num_instance
@@ -194,14 +190,10 @@ class DAVPT(Tuner):
         tokens = torch.cat([z[:, self.first:], *(s.tokens for s in prompts)], 1)
         return host.norm(tokens).mean(1)
 
-    def aux_loss(self, ctx: Context) -> Tensor | float:
-        "The metric losses, weighted."
-        return 0.0 if self.guidance is None else self.guidance.loss(ctx)
-
     def prepare(self, model, images: Tensor, labels: Tensor, draw: Callable) -> None:
         "Prompts that start as patches, and the first map from classes to prompts."
         if not self.prepared: self.start(model, images, labels, draw)
-        if self.guidance is not None: self.guidance.prepare(model, images, labels, draw)
+        super().prepare(model, images, labels, draw)
         self.prepared = True
 
     @torch.no_grad()
@@ -209,22 +201,15 @@ class DAVPT(Tuner):
         "Fills the prompts from 10 images of each class (spec 1.10)."
         c, generator = self.config, torch.Generator().manual_seed(self.seed)
         rows = few_per_class(labels, 10, generator).to(images.device)
-        reader = read_tokens(model.host, (model.normalise(draw(some).to(model.device)) for some in rows.split(128)), generator)
+        batches = (model.normalise(draw(some).to(model.device)) for some in rows.split(128))
+        reader = read_tokens(model.host, batches, generator, SAMPLED if c.init == "kmeans" else 0)
         for i, p in enumerate(self.prompts):
             if len(p): p.copy_(start_tokens(reader, i, len(p), c.init, c.init_noise, generator))
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         "A saved model has its prompts and its map."
         self.prepared = True
-        if self.guidance is not None: self.guidance.restore(tensors)
-
-    def after_epoch(self, epoch: int) -> None:
-        "Renews the map when it is due."
-        if self.guidance is not None: self.guidance.after_epoch(epoch)
-
-    def diagnostics(self, model, images: Tensor) -> dict:
-        "What the map did."
-        return {} if self.guidance is None else self.guidance.diagnostics()
+        super().restore(tensors)
 
 def _check_pool(host, config: DAVPTConfig):
     "Means of normalised tokens want a backbone that norms tokens, as MAE's does."

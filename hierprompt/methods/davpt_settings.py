@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..core import lookup
 from ..data.tasks import list_tasks
+from .davpt import PRESETS
 from ..results import load_published
 
 # %% ../../nbs/methods/06a_davpt_settings.ipynb #cf798226
@@ -58,7 +59,7 @@ def method_settings(row: pd.Series, common: dict, keys: dict) -> dict:
     depth, weight = int(keys.get("gdepth", end)), keys.get("w_both")
     config = dict(num_tokens=int(row.N), num_guided=int(keys.get("Mlast", row.M)), guided_layers=list(range(int(row.start), min(int(row.start) + depth, end))),
                   patch_weight=float(weight or row.w_patch), cls_weight=float(weight or row.w_cls), sim_scale=float(row.r), vpt_norm=str(row.pnorm),
-                  init_scale=0.125 if row.div8 else 1.0, prompt_mask=bool(row["mask"]), map_update_from=int(row.dyn), bias_set=bias_set(row, common))   # D14: divided by 8
+                  init_scale=PRESETS["released"]["init_scale"] if row.div8 else 1.0, prompt_mask=bool(row["mask"]), map_update_from=int(row.dyn), bias_set=bias_set(row, common))   # D14: divided by 8
     return config | ({"pool": "all"} if row.pretraining == PRETRAININGS["mae"] else {})
 
 def recipe_settings(row: pd.Series, keys: dict) -> dict:
@@ -71,7 +72,7 @@ def legacy_keys(row: pd.Series) -> dict[str, str]:  # a key without value: "1"
     return {key: value or "1" for key, _, value in (word.partition("=") for word in row.legacy.split())}
 
 # %% ../../nbs/methods/06a_davpt_settings.ipynb #431cf3c4
-AS_RELEASED = dict(patch_feature="input_mean", prompt_feature="raw", cls_feature="query", prompt_feature_cls="raw")   # D1, D2, D3
+AS_RELEASED = {name: PRESETS["released"][name] for name in ("patch_feature", "prompt_feature", "cls_feature", "prompt_feature_cls")}   # D1, D2, D3
 PROMPTS = {"q": "query", "raw": "raw"}                                  # vptE -> prompt_feature
 PATCHES = {"k": ("key_mean", "key"), "in": ("input_mean", "input")}     # patE -> patch_feature, and where composed patches are taken from
 

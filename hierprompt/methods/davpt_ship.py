@@ -6,15 +6,13 @@
 __all__ = ['GuidedSHIPConfig', 'GuidedSHIP']
 
 # %% ../../nbs/methods/07_davpt_ship.ipynb #21c0a97b
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..engine import Context, Segment, join
 from . import ship
-from .guidance import Guidance, GuidanceConfig
+from .guidance import Guided, GuidanceConfig
 
 # %% ../../nbs/methods/07_davpt_ship.ipynb #cf90cfd2
 @dataclass
@@ -27,22 +25,9 @@ class GuidedSHIPConfig(ship.SHIPConfig, GuidanceConfig):
             raise ValueError(f"num_guided = {self.num_guided} of num_tokens = {self.num_tokens} semantic prompts: guide at most as many as there are")
 
 # %% ../../nbs/methods/07_davpt_ship.ipynb #28dfe649
-class GuidedSHIP(ship.SHIP):
+class GuidedSHIP(Guided, ship.SHIP):
     "SHIP whose semantic-independent prompts are guided in some blocks; those blocks' losses reach the whole hierarchy that the prompts belong to."
     Config, presets = GuidedSHIPConfig, ship.PRESETS
-
-    def __init__(self, host, config: GuidedSHIPConfig, rng: torch.Generator | None = None, num_classes: int | None = None):
-        super().__init__(host, config, rng)
-        self.blocks, self.first = host.blocks, host.num_prefix_tokens
-        self.guidance = Guidance(host, config, num_classes, rng) if config.guides else None
-
-    @property
-    def reads_tokens(self) -> bool:
-        "When a metric loss looks at every token."
-        return self.guidance is not None and self.guidance.reads_tokens
-
-    def watches(self, i: int, ctx: Context) -> bool:
-        return self.guidance is not None and self.guidance.watches(i, ctx)
 
     def enter(self, i: int, z: Tensor, prompts: list[Segment], ctx: Context) -> list[Segment]:
         "SHIP's prompts; the semantic ones are remembered where they are guided."
@@ -57,26 +42,3 @@ class GuidedSHIP(ship.SHIP):
             keys = join(k, v, prompts)
             self.guidance.observe(self, i, entered.mean(0), entered, z, q, *keys, keys, ctx)
         return super().mix(i, q, k, v, prompts, ctx)
-
-    def aux_loss(self, ctx: Context) -> Tensor | float:
-        "Matching loss and metric losses, each with its weights."
-        return super().aux_loss(ctx) + (0.0 if self.guidance is None else self.guidance.loss(ctx))
-
-    def prepare(self, model, images: Tensor, labels: Tensor, draw: Callable) -> None:
-        "Hierarchies and prototypes, then the first map from classes to prompts."
-        super().prepare(model, images, labels, draw)
-        if self.guidance is not None: self.guidance.prepare(model, images, labels, draw)
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        "A saved model has its map."
-        super().restore(tensors)
-        if self.guidance is not None: self.guidance.restore(tensors)
-
-    def after_epoch(self, epoch: int) -> None:
-        "Both methods count epochs."
-        super().after_epoch(epoch)
-        if self.guidance is not None: self.guidance.after_epoch(epoch)
-
-    def diagnostics(self, model, images: Tensor) -> dict:
-        "What both say about themselves."
-        return super().diagnostics(model, images) | ({} if self.guidance is None else self.guidance.diagnostics())

@@ -19,16 +19,16 @@ SAMPLED = 16   # patches of an image that are remembered for cluster centres
 
 class TokenReader(Tuner):
     "Collects statistics of the patches that enter every block; the network is left as it is."
-    def __init__(self, host, generator: torch.Generator):
+    def __init__(self, host, generator: torch.Generator, sampled: int):
         super().__init__(host)
-        self.first, self.generator, self.count = host.num_prefix_tokens, generator, 0
+        self.first, self.generator, self.sampled, self.count = host.num_prefix_tokens, generator, sampled, 0
         self.sums, self.squares, self.top, self.samples = ([None] * host.depth for _ in range(4))
 
     def enter(self, i: int, z: Tensor, prompts: list[Segment], ctx: Context) -> list[Segment]:
         "Counts a batch in; sums are float64."
         x = z[:, self.first:]
         if i == 0: self.count += x.shape[0] * x.shape[1]
-        few = x[:, torch.randperm(x.shape[1], generator=self.generator)[:SAMPLED].to(x.device)].flatten(0, 1)
+        few = x[:, torch.randperm(x.shape[1], generator=self.generator)[:self.sampled].to(x.device)].flatten(0, 1)
         x = x.flatten(0, 1).double()
         found = x.sum(0), x.square().sum(0), x.amax(0)
         old = self.sums[i], self.squares[i], self.top[i]
@@ -43,10 +43,11 @@ class TokenReader(Tuner):
 @torch.no_grad()
 def read_tokens(host,                       # view of a frozen backbone
                 batches: Iterable[Tensor],  # normalised images, (B, 3, H, W) each
-                generator: torch.Generator, # which patches are remembered
+                generator: torch.Generator, # which patches are remembered; as many draws whatever `sampled` is
+                sampled: int = SAMPLED,     # at most so many of an image; 0: sums and maxima alone
                ) -> TokenReader:
     "Statistics of the patches that enter each block of the backbone without prompts."
-    engine = Engine(host, TokenReader(host, generator)).eval()
+    engine = Engine(host, TokenReader(host, generator, sampled)).eval()
     for images in batches: engine(images, Context())
     return engine.tuner
 
