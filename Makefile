@@ -4,7 +4,7 @@ SHELL   := /bin/bash
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 PROFILE ?= laptop
 JOBS    ?= 2
-SHOWN   ?= koeppen
+SHOWN   ?= koeppen clip_fashion
 VENV    := $(CURDIR)/.venv
 STAMP   := $(VENV)/.installed
 export PATH := $(VENV)/bin:$(PATH)
@@ -52,11 +52,11 @@ export-check: setup
 	  if listing | diff $$before - | sed -n 's/^[<>] [0-9a-f]*  /changed: /p' | sort -u | grep .; then \
 	    echo "run nbdev_export and nbdev_clean, then commit the files above"; exit 1; fi; rm -f $$before
 
-# One executed run per method, for readers: the runs of one task, without the marks of papermill.
+# One executed run per method, for readers: the runs of one task and of one with names, without the marks of papermill.
 showcase: setup
 	@mkdir -p results/$(PROFILE)/showcase
-	@for run in results/$(PROFILE)/notebooks/*-$(SHOWN).ipynb; do case $$run in */data-*) ;; *) \
-	  cp $$run results/$(PROFILE)/showcase/$$(basename $$run -$(SHOWN).ipynb).ipynb ;; esac; done
+	@for task in $(SHOWN); do for run in results/$(PROFILE)/notebooks/*-$$task.ipynb; do case $$run in */data-*) ;; *) \
+	  cp $$run results/$(PROFILE)/showcase/$$(basename $$run -$$task.ipynb).ipynb ;; esac; done; done
 	nbdev_clean --fname results/$(PROFILE)/showcase
 
 readme:

@@ -17,7 +17,7 @@ from .adapt_report import Runs, datasets, survivors
 from .core import read_json
 from .figures import panels, say
 from .results import load_published, run_files
-from .tables import NOT_RUN
+from .tables import NOT_RUN, NOTHING
 
 # %% ../nbs/07h1_adapt_figures.ipynb #515b6a2b
 BRANCHES = ("image", "text")
@@ -88,11 +88,12 @@ def _draw_mask(axes, mask: np.ndarray) -> None:
     axes.grid(color="white", lw=0.5)
     axes.tick_params(length=0)
 
-def layer_counts(runs: Mapping[str, Mapping]) -> pd.DataFrame:  # cell, branch, layer 1 ... L, total
+def layer_counts(runs: Mapping[str, Mapping]) -> pd.DataFrame:  # cell, branch, total, layer 1 ... L
     "How many tokens of each layer are left at the end."
-    lines = [{"run": cell, "branch": branch} | {f"layer {i + 1}": int(n) for i, n in enumerate(mask.sum(1))} | {"total": int(mask.sum())}
-             for cell, raw in runs.items() for branch, mask in final_masks(raw["diagnostics"]).items()]
-    return pd.DataFrame(lines, columns=None if lines else ["run", "branch", "total"])
+    found = [(cell, branch, mask.sum(1).tolist()) for cell, raw in runs.items() for branch, mask in final_masks(raw["diagnostics"]).items()]
+    depth = max((len(counts) for *_, counts in found), default=0)   # towers need not be equally deep
+    lines = [[cell, branch, sum(counts), *counts, *[NOTHING] * (depth - len(counts))] for cell, branch, counts in found]
+    return pd.DataFrame(lines, columns=["run", "branch", "total", *(f"layer {i + 1}" for i in range(depth))])
 
 # %% ../nbs/07h1_adapt_figures.ipynb #57cf5a4d
 def lengths(raw: Mapping) -> pd.DataFrame:  # one line at the start and after each event: x, image, text, total

@@ -302,7 +302,7 @@ def test_variants_that_no_table_shows_are_checked_and_left_out(tmp_path):
         else:
             with pytest.raises(TypeError, match="variant mine: unknown key 'tokens'"): resolve(load_profile("mine", tmp_path/"profiles"))
     params = resolved("laptop")
-    assert set(params["variants"]) == {cell["variant"] for cell in params["cells"].values()}
+    assert set(params["variants"]) == {cell["variant"] for cell in (params["cells"] | params["clip_cells"]).values()}
 
 
 def test_baselines_and_ship_consist_of_one_module_each():
