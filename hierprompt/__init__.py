@@ -7,7 +7,8 @@ import importlib
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "tuned": ("TunedModel", "list_methods", "load_tuned", "tune"),
+    "registry": ("list_methods",),
+    "tuned": ("TunedModel", "load_tuned", "tune"),
     "prompted": ("PromptedCLIP", "tune_clip"),
     "clip": ("load_clip",),
     "backbones": ("load_backbone",),

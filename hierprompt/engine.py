@@ -32,7 +32,7 @@ class Segment:
 @dataclass
 class Context:
     "One forward pass: what the tuner may look at, and what it leaves for its losses."
-    labels: Tensor | None = None   # (B,) class ids, when there are any
+    labels: Tensor | None = None   # (B,) class ids, or (B, C) bool: the classes that are in each image (segmentation); when there are any
     training: bool = False         # the model's mode
     all_tokens: bool = False       # somebody reads every output token, not only those the pooling reads
     num_instance: int = 0          # n, instance tokens of an image: class token, registers, patches; set by the engine
@@ -41,6 +41,7 @@ class Context:
     watch: Callable | None = None  # called before attention in every block, see `Engine.block`: for pictures
     mask: Tensor | None = None     # (n, n) or (B, 1, r, n) bool: which instance tokens a query sees; None: all; set by the engine for a causal host
     rows: Tensor | None = None     # (B, r): the instance tokens that the pooling reads, in place of the host's leading ones
+    leading: dict = field(default_factory=dict)   # length -> mask of a segment that leads; set by the engine, once a pass
     taps: dict = field(default_factory=dict)   # block -> its output (B, n, D), for a host that pools several blocks; set by the engine
 
     def visible(self, num_keys: int) -> Tensor | None:
@@ -58,12 +59,20 @@ class Method(nn.Module):
     Config = None         # dataclass of the method's settings
     presets = {}          # name -> settings that differ from `Config`'s defaults; the first is the default preset
     prepared = True       # False: `prepare` has to look at training images before the model can be used
+    needs_targets = False # True: the labels that `prepare` gets are what the model's loss takes; else (N,) class ids, or (N, C) bool
 
     def prepare(self, model, images: Tensor, labels: Tensor, draw: Callable) -> None:
         "What the method must look at before training; nothing by default. `draw(rows)`: training images `rows` as training would see them."
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         "Makes room for a saved model's `tensors` (by the names of the tuner's own) and counts as prepared."
+
+    def memory(self) -> dict[str, Tensor]:
+        "What the rest of a training run depends on besides weights and buffers: counters, states of generators."
+        return {}
+
+    def recall(self, memory: dict[str, Tensor]) -> None:
+        "Goes on from a `memory`."
 
     def diagnostics(self, model, images: Tensor) -> dict:
         "Numbers, by name, that say on some normalised images how the trained method works; plain data."
@@ -281,7 +290,9 @@ class Engine(nn.Module):
 
     def lead(self, i: int, block: BlockView, h: Tensor, k: Tensor, v: Tensor, before: list[tuple], ctx: Context) -> Tensor:
         "Attention (S, m, D) of a segment that leads: over itself, causally, and over what stands before it."
-        ctx = replace(ctx, mask=causal(h.shape[1], h.device), rows=None, num_instance=h.shape[1])
+        n = h.shape[1]
+        if n not in ctx.leading: ctx.leading[n] = causal(n, h.device)
+        ctx = replace(ctx, mask=ctx.leading[n], rows=None, num_instance=n)
         return block.merge_heads(self.tuner.mix(i, self.queries(i, block, h), k, v, before, ctx))
 
     def _state(self, segment: Segment, dtype: torch.dtype) -> tuple:

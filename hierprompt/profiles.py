@@ -226,7 +226,7 @@ SLOTS = 6   # lines for modules of a method in the stage `run` of dvc.yaml
 
 def _slots(method: str) -> list[str]:
     "The method's modules, one for each line that dvc.yaml has for them."
-    from hierprompt.tuned import method_modules
+    from hierprompt.registry import method_modules
     names = method_modules(method)
     if len(names) > SLOTS:
         raise ValueError(f"method {method!r} consists of {len(names)} modules ({', '.join(names)}), the stage `run` of dvc.yaml has lines for {SLOTS}: add lines there, and to SLOTS")
@@ -279,12 +279,12 @@ def _check(variant: Variant, config: dict, changes: dict, grid: dict) -> None:
 
 def _recipe(profile: Profile, variant: Variant) -> dict:
     "The profile's changes of recipes, for methods of the variant's kind."
-    from hierprompt.tuned import CLIP_METHODS
+    from hierprompt.registry import CLIP_METHODS
     return profile.clip_recipe if variant.method in CLIP_METHODS else profile.recipe
 
 def _check_host(profile: Profile, variant: Variant, task: str) -> None:
     "A method that tunes a CLIP wants a task with names and a CLIP, another one an ordinary task."
-    from hierprompt.tuned import CLIP_METHODS
+    from hierprompt.registry import CLIP_METHODS
     wants, has = variant.method in CLIP_METHODS, _benchmark(task) in FEW_SHOT
     if wants != has: raise ValueError(f"method {variant.method!r} tunes {'a CLIP and wants a task of ' + ' or '.join(FEW_SHOT) if wants else 'a ViT and wants an ordinary task'}, {task!r} is none")
     if wants and profile.clip is None: raise ValueError("the profile has no `clip`: say which CLIP is tuned, for example {name: embedded_clip, image_size: 56}")

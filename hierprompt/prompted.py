@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .clip import CLIP
 from .core import rng, rng_seed
 from .engine import Context, Engine, Method, Tuner, full_precision
+from .registry import CLIP_METHODS, tuner_class
 from .text import ClassPrompts, TextTuner, fill, text_features, text_state, unit
-from .tuned import CLIP_METHODS, Trainable, method_config, save_tuned, tuner_class
+from .tuned import Trainable, method_config, save_tuned
 
 # %% ../nbs/04a_prompted.ipynb #56f9bd7e
 PHOTO = "a photo of a {}."   # the template of VPT, CoCoOp, KgCoOp, MaPLe and Adapt (Adapt spec 1.8, 2)
@@ -137,11 +137,6 @@ class PromptedCLIP(Trainable):
         with full_precision(features): ctx.reads["logits"] = self.tuner.logits(self, features, ctx.reads["text"], ctx)
         return ctx.reads["logits"]
 
-    def forward(self, images: Tensor  # (B, 3, H, W): `uint8`, normalised here, or float that is normalised already
-               ) -> Tensor:           # (B, K) logits
-        "Class scores; an image size the tower was not built for raises `ValueError`."
-        return self.head(self.features(images))
-
     def losses(self, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         "Cross-entropy over all classes, and the sum of the method's own weighted losses; two scalars."
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.features_are_constant): features = self.features(images)
@@ -150,9 +145,8 @@ class PromptedCLIP(Trainable):
     def losses_from_features(self, features: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         "`losses` for `features` that are known already; where `features_are_constant`."
         ctx = Context(labels=labels, training=self.training)
-        entropy = F.cross_entropy(self._logits(features, ctx), labels, label_smoothing=label_smoothing)
-        own = self.tuner.aux_loss(self, ctx)
-        return entropy, own if isinstance(own, Tensor) else entropy.new_full((), own)
+        logits = self._logits(features, ctx)
+        return self._losses(logits, labels, label_smoothing, self.tuner.aux_loss(self, ctx))
 
     def save_pretrained(self, folder: str | Path) -> None:
         "Writes `tuned.safetensors` (the prompts) and `config.json`; no tensor of the frozen CLIP is in it."

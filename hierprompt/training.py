@@ -253,6 +253,7 @@ def _state(self: Trainer) -> dict:  # tensors on the CPU, and plain data
     memory = self.optimizer.state_dict()["state"]
     tensors = _tensors(self) | {f"optimizer.{i}.{name}": t for i, kept in memory.items() for name, t in kept.items()}
     tensors |= {f"chance.{name}": state for name, state in self.chance.items()} | {"chance.global": torch.get_rng_state(), "total": self.total}
+    tensors |= {f"method.{name}": t for name, t in self.model.tuner.memory().items()}
     if self.model.device.type == "cuda": tensors["chance.cuda"] = torch.cuda.get_rng_state(self.model.device)
     return {"tensors": {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()},
             "counters": {name: getattr(self, name) for name in _COUNTERS}, "run": _run(self)}
@@ -270,6 +271,7 @@ def _restore(self: Trainer, state: dict) -> None:
     wanted, kept = _tensors(self), {name for name in tensors if name.startswith("model.")}
     if wanted.keys() != kept: raise ValueError(f"the checkpoint does not fit the model: they differ in {sorted(wanted.keys() ^ kept)[:5]}")
     for name, t in wanted.items(): t.data = tensors[name].to(t.device, copy=True)   # of another shape where a method removed something
+    self.model.tuner.recall({name.removeprefix("method."): t for name, t in tensors.items() if name.startswith("method.")})
     self.model.train(self.model.training)   # forgets what was remembered of other weights
     memory = {}
     for name in tensors:

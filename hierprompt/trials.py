@@ -22,8 +22,8 @@ from .core import digest, from_dict, read_json, sha256_file, to_dict, write_json
 from .data.tasks import Split
 from .history import History
 from .recipes import Candidate, Recipe, recipe as as_recipe
+from .registry import method_modules
 from .training import fit_splits
-from .tuned import method_modules
 
 # %% ../nbs/06c_trials.ipynb #0b15fbe6
 def tensor_digest(tensors: Sequence[Tensor]) -> str:  # 64 hexadecimal digits

@@ -13,10 +13,14 @@ from test_engine import ARCHITECTURES
 from test_ship import sharp_vit
 
 from hierprompt.accounting import count_macs, count_parameters
+from hierprompt.backbones import load_backbone
 from hierprompt.engine import Context
+from hierprompt.methods.class_map import ClassMeans
 from hierprompt.methods.davpt_reference import reference_attention, reference_layer_losses, reference_losses
+from hierprompt.methods.guidance import few_per_class, one_of
 from hierprompt.methods.proxies import METRICS, metric_settings
-from hierprompt.tuned import list_methods, load_tuned, tune
+from hierprompt.registry import list_methods
+from hierprompt.tuned import load_tuned, tune
 
 SMALL = dict(num_guided=3, num_tokens=4, fill_to=0, patch_weight=0.7, cls_weight=0.3)     # for 17 tokens, 8 images, 5 classes
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0, 1, 4])
@@ -803,3 +807,69 @@ def test_a_backbone_without_class_token(floats):
 
 def test_images_that_are_not_finite(vit6, floats):
     with pytest.raises(ValueError, match="not finite"): tune(vit6, "da_vpt", 5, **SMALL).double().prepare(floats * float("nan"), LABELS)
+
+
+def seen_losses(model, images, present):
+    "The metric loss of a pass whose images have several classes."
+    ctx = Context(labels=present, training=True)
+    model._features(images, ctx)
+    return model.tuner.aux_loss(ctx), ctx
+
+
+@pytest.mark.parametrize("seg_label", ["random", "mode"])
+def test_images_without_a_class_are_left_out_of_the_metric_loss(seg_label):
+    model = tune(load_backbone("tiny_random"), "da_vpt", 6, num_guided=3, num_tokens=2, fill_to=0, seg_label=seg_label)
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    present = torch.zeros(5, 6, dtype=torch.bool)
+    present[torch.arange(4), torch.tensor([0, 3, 5, 2])] = True
+    model.prepare(images, present)
+    model.train()
+    whole, ctx = seen_losses(model, images, present)
+    some, _ = seen_losses(model, images[:4], present[:4])
+    single, _ = seen_losses(model, images[:4], torch.tensor([0, 3, 5, 2]))
+    torch.testing.assert_close(whole, some, rtol=1e-6, atol=0)
+    torch.testing.assert_close(some, single, rtol=0, atol=0)      # one class each: the same as labels
+    assert ctx.reads["labelled"].tolist() == [0, 1, 2, 3]
+    nothing, _ = seen_losses(model, images, torch.zeros_like(present))
+    assert nothing.item() == 0 and nothing.requires_grad
+
+
+def test_a_present_class_is_drawn_uniformly_and_by_the_global_seed():
+    present = torch.tensor([[True, False, True, True]]).expand(3000, 4)
+    torch.manual_seed(3)
+    first = one_of(present)
+    torch.manual_seed(3)
+    assert torch.equal(first, one_of(present))
+    assert first.bincount(minlength=4)[1] == 0 and (first.bincount(minlength=4)[[0, 2, 3]] > 900).all()
+
+
+def test_ties_of_the_released_choice_are_broken_at_random_among_the_winners():
+    model = tune(load_backbone("tiny_random"), "da_vpt", 6, num_guided=3, num_tokens=2, fill_to=0, seg_label="mode")
+    guidance = model.tuner.guidance
+    guidance.prepared = True
+    guidance.map.assign(torch.tensor([0, 0, 1, 1, 2, 2]))
+    present = torch.tensor([[True, True, True, True, True, False]]).expand(500, 6)      # prompts 0 and 1 twice, 2 once
+    counts = guidance.most_frequent(present).bincount(minlength=3)
+    assert counts[2] == 0 and (counts[:2] > 150).all()
+
+
+def test_a_class_mean_counts_an_image_for_each_of_its_classes():
+    means, features = ClassMeans(3, 4), torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    present = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 0]], dtype=torch.bool)
+    means.add(features[:2], present[:2])
+    means.add(features[2:], present[2:])
+    for c in (0, 1): torch.testing.assert_close(means.means[c], features[present[:, c]].mean(0), rtol=1e-12, atol=0)
+    assert means.seen.tolist() == [True, True, False]
+    with pytest.raises(ValueError, match="they have to be"): means.add(features, present[:, :2])
+    few = few_per_class(present, 10, torch.Generator().manual_seed(0))
+    assert present[few[:10], 0].all() and present[few[10:], 1].all() and len(few) == 20
+
+
+@pytest.mark.parametrize("method", ["da_vpt", "da_vpt_ship", "ship"])
+def test_what_a_method_counts_and_draws_survives_a_checkpoint(method):
+    own, other = (tune(load_backbone("tiny_random"), method, 4, seed=seed).tuner for seed in (0, 1))
+    own.after_epoch(2) if method == "ship" else own.guidance.generator.manual_seed(77)
+    if method == "da_vpt_ship": own.epoch = 5
+    other.recall({name: t.clone() for name, t in own.memory().items()})
+    assert other.memory().keys() == own.memory().keys() and all(torch.equal(other.memory()[n], t) for n, t in own.memory().items())
+    if method != "da_vpt": assert other.epoch == own.epoch > 0

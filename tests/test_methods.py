@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from hierprompt.accounting import count_macs, count_parameters
-from hierprompt.tuned import TunedModel, list_methods, load_tuned, tune, tuner_class
+from hierprompt.registry import list_methods, tuner_class
+from hierprompt.tuned import TunedModel, load_tuned, tune
 
 METHODS = list_methods("vit")
 CASES = [(m, p) for m in METHODS for p in tuner_class(m).presets]

@@ -27,7 +27,8 @@ from hierprompt.methods.davpt_settings import released_settings
 from hierprompt.profiles import load_profile, resolve
 from hierprompt.results import load_published
 from hierprompt.training import evaluate
-from hierprompt.tuned import load_tuned, method_modules
+from hierprompt.registry import method_modules
+from hierprompt.tuned import load_tuned
 
 TINY = {"base": "smoke", "data": {"train": 32, "val": 16, "test": 32}, "recipe": {"epochs": 2}, "variants": {"linear": {"keep": False}},
         "tables": {"baselines": {"variants": ["linear", "vpt_deep"]}, "ship": {"blocks": {"table_1": {"variants": ["ship", "vpt_deep"]}}},

@@ -11,7 +11,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from hierprompt.profiles import SLOTS, differences, load_profile, read_yaml, resolve
-from hierprompt.tuned import CLIP_METHODS, METHODS, method_modules
+from hierprompt.registry import CLIP_METHODS, METHODS, method_modules
 
 ROOT = Path(__file__).parents[1]
 STAGES = read_yaml(ROOT/"dvc.yaml")["stages"]
@@ -92,15 +92,18 @@ def relative(path):
     return text
 
 
+REGISTER = {"hierprompt/registry.py"}   # the list of all methods: what a run uses of it stands in its own modules
+
+
 def behind(modules):
-    "Files of these modules and of everything they import."
+    "Files of these modules and of everything they import, but for the register."
     found, waiting = set(), list(modules)
     while waiting:
         name = waiting.pop()
         if name in found or not (ROOT/module_file(name)).is_file(): continue
         found.add(name)
         waiting += imported(relative(ROOT/module_file(name)))
-    return {module_file(name) for name in found}
+    return {module_file(name) for name in found} - REGISTER
 
 
 def needed(*notebooks):

@@ -182,6 +182,8 @@ class Numbers(torch.nn.Module):
     tuner = property(lambda self: self)
     def trainable(self): return {"numbers": self.numbers}
     def restore(self, tensors): pass
+    def memory(self): return {}
+    def recall(self, memory): pass
     def survivors(self): return self.numbers.detach().clone() if self.compact else self.numbers.detach()[self.left]
     def begin(self, epochs, updates_per_epoch): pass
     def before_step(self, step): pass
@@ -532,7 +534,7 @@ def trainer_of(vit, method, config=None, **changes):
     return Trainer(model, make_resident(model, WIDE, r, True), r, 2)
 
 
-RUNS = {"ship": ("ship", TINY_SHIP), "da_vpt": ("da_vpt", {}, dict(samples_per_class=2, drop_last=True)),
+RUNS = {"ship": ("ship", TINY_SHIP), "ship_late": ("ship", {**TINY_SHIP, "pml_start_epoch": 1}), "da_vpt": ("da_vpt", {}, dict(samples_per_class=2, drop_last=True)),
         "vpt": ("vpt_deep", {"num_tokens": 2, "dropout": 0.1}), "shrinking": ("numbers",), "classes": ("vpt_shallow", {}, dict(samples_per_class=2, drop_last=True)),
         "adamw": ("adapter", {"dropout": 0.1}, dict(optimizer="adamw", lr=0.01, augment="crop_flip")), "none": ("linear",),
         "features": ("linear", {}, dict(augment="random_resized_crop_flip", eval_batch_size=20))}

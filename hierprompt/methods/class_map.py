@@ -34,12 +34,19 @@ class ClassMeans(nn.Module):
 
     @torch.no_grad()
     def add(self, features: Tensor,  # (B, D), any floating-point type
-            labels: Tensor,          # (B,) class labels, int64
+            labels: Tensor,          # (B,) class labels, int64; or (B, C) bool: an image counts for each class that is in it (spec 4)
            ) -> None:
         "Counts a batch in; a label outside the classes raises `ValueError`."
+        if labels.dtype == torch.bool: return self._add_present(features, labels)
         check_labels(labels, len(self.counts))
         self.sums.index_add_(0, labels, features.to(self.sums))
         self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=self.counts.dtype))
+
+    def _add_present(self, features: Tensor, present: Tensor) -> None:
+        if present.shape != (len(features), len(self.counts)):
+            raise ValueError(f"classes present {tuple(present.shape)} for {len(features)} images and {len(self.counts)} classes: they have to be (B, C)")
+        self.sums += present.to(self.sums).T @ features.to(self.sums)
+        self.counts += present.sum(0)
 
     @property
     def means(self) -> Tensor:

@@ -355,6 +355,14 @@ class SHIP(Tuner):
         "Counts epochs for `pml_start_epoch`."
         self.epoch = epoch + 1
 
+    def memory(self) -> dict[str, Tensor]:
+        "The epochs that are done."
+        return {"epoch": torch.tensor(self.epoch)}
+
+    def recall(self, memory: dict[str, Tensor]) -> None:
+        "Goes on counting."
+        self.epoch = memory["epoch"].item()
+
     def diagnostics(self, model, images: Tensor) -> dict:
         "Share of the prompts under a joint softmax by block; how uniform the attribute weights are."
         ctx = Context(all_tokens=True, reads={"share": [], "weights": []})
