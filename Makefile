@@ -26,7 +26,7 @@ setup: $(STAMP)
 $(STAMP): settings.ini setup.py constraints.txt
 	@test -x $(VENV)/bin/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing the pinned versions into $(VENV) (minutes, once)"
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,seg]'
 	@touch $@
 
 test: setup export-check readme-check notebook-tests smoke pytest

@@ -24,6 +24,6 @@ setup(
     packages=find_packages(include=["hierprompt", "hierprompt.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "seg": cfg["seg_requirements"].split()},
     zip_safe=False,
 )

@@ -26,7 +26,7 @@ def settings():
 
 
 def requirements():
-    return [Requirement(text) for key in ("requirements", "dev_requirements") for text in settings()[key].split()]
+    return [Requirement(text) for key in ("requirements", "dev_requirements", "seg_requirements") for text in settings()[key].split()]
 
 
 def pins():
@@ -37,7 +37,7 @@ def pins():
 def test_environment_is_python_pip_and_this_package():
     environment = read_yaml(ROOT/"environment.yml")
     assert environment["name"] == settings()["lib_name"]
-    assert environment["dependencies"] == [f"python={settings()['min_python']}", "pip", {"pip": ["-e .[dev]"]}]
+    assert environment["dependencies"] == [f"python={settings()['min_python']}", "pip", {"pip": ["-e .[dev,seg]"]}]
 
 
 @pytest.mark.parametrize("requirement", requirements(), ids=lambda r: r.name)
