@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .adapt_report import Runs, datasets, survivors
+from .adapt_report import datasets, survivors
 from .core import read_json
 from .figures import panels, say
 from .results import load_published, run_files
+from .runs import Runs
 from .tables import NOT_RUN, NOTHING
 
 # %% ../nbs/07h1_adapt_figures.ipynb #515b6a2b

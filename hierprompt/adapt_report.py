@@ -4,26 +4,25 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'UNPRUNED', 'ABLATIONS', 'MARKS', 'PAPER_CLIP', 'COSTS', 'PRINTED_CLAIMS', 'REGISTER', 'datasets',
-           'findings', 'said', 'other_remarks', 'label_of', 'Runs', 'find_runs', 'about', 'accuracy_part', 'why_not',
-           'gap', 'marked', 'published_part', 'exact_counts', 'our_costs', 'cost_part', 'survivors', 'split_part',
-           'lines_of', 'chosen_targets', 'table_1', 'table_2', 'table_3', 'printed_accuracies', 'claims',
-           'pruning_remarks', 'gain_part', 'own_costs', 'table_4', 'ablations']
+           'findings', 'said', 'other_remarks', 'label_of', 'find_runs', 'about', 'why_not', 'gap', 'marked',
+           'published_part', 'exact_counts', 'our_costs', 'cost_part', 'survivors', 'split_part', 'lines_of',
+           'chosen_targets', 'table_1', 'table_2', 'table_3', 'printed_accuracies', 'claims', 'pruning_remarks',
+           'gain_part', 'own_costs', 'table_4', 'ablations']
 
 # %% ../nbs/07h_adapt_report.ipynb #86c1dfa1
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
 
 from .clip_accounting import adapt_parameters, hook_rows, implied_splits, percent, printed_rows, true_increments, vpt_increment
-from .core import read_json
 from .davpt_report import Page, conflict_remarks
 from .published import Row
-from .results import collect, failed_cells, load_published, run_files
-from .tables import NOT_RUN, NOTHING, ResultsTable, _some, entries, listed, mean_count, our_numbers
+from .results import load_published
+from .runs import Runs, accuracy_part, block_runs
+from .tables import NOT_RUN, NOTHING, _some, listed, mean_count, our_numbers
 
 # %% ../nbs/07h_adapt_report.ipynb #c4c66d0b
 VARIANTS = {"ZS CLIP": "zsclip", "CoCoOp": "cocoop", "VPT": "clip_vpt", "PLOT": "plot", "MaPLe": "maple", "ProGrad": "prograd", "KgCoOp": "kgcoop", "LAMM": "lamm",
@@ -76,39 +75,9 @@ def label_of(variant: str) -> str:
     return shown.get(variant, variant)
 
 # %% ../nbs/07h_adapt_report.ipynb #737aa92a
-@dataclass
-class Runs:
-    "Rows of ours on the tasks of a block."
-    table: ResultsTable      # all tasks in one group, `average`
-    diagnostics: Mapping[str, Mapping]  # cell -> what the run tells about itself
-    tasks: list[str]
-
-    @cached_property
-    def variants(self) -> list[str]: return [row.variant for row in self.table.rows]
-
-    def of(self, variant: str) -> list[Mapping]:
-        "The diagnostics of a row's runs."
-        return [self.diagnostics[c] for t in self.tasks if (c := f"{variant}-{t}") in self.diagnostics]
-
-def find_runs(title: str,
-              rows: Mapping[str, str],             # label -> variant, in order
-              profile: str,                        # whose metrics
-              block: Mapping | None,               # its `variants` and `tasks`; None: the profile does not have this table
-              results: str | Path = "results",     # the results folder
-              config_hashes: Mapping[str, str] | None = None,  # cell -> digest its metrics must carry; None: all cells, any digest
-             ) -> Runs:
-    "A profile's runs of a table's rows and of what its block adds; without a block all is not run, in the paper's columns."
-    tasks = list(block["tasks"]) if block else [f"coop_{name}" for name in datasets()]
-    known = [Row(label, variant) for label, variant in rows.items()]
-    known += [Row(label_of(v), v) for v in (block or {}).get("variants", ()) if v not in rows.values()]
-    cells = {f"{row.variant}-{task}" for row in known for task in tasks} if block else set()
-    if config_hashes is not None: cells &= set(config_hashes)
-    frame = collect(results, profile, config_hashes)
-    frame = frame[(frame.variant + "-" + frame.task).isin(cells)]
-    failed = [cell for cell in failed_cells(results, profile) if cell in cells]
-    table = ResultsTable(title, profile, known, [], dict.fromkeys(tasks, "average"), sorted(set(frame.group)), frame, failed, "")
-    done, files = set(frame.variant + "-" + frame.task), run_files(results, profile)
-    return Runs(table, {cell: read_json(path)["diagnostics"] for cell, path in files.items() if cell in done}, tasks)
+def find_runs(title: str, rows: Mapping[str, str], profile: str, block: Mapping | None, results: str | Path = "results", config_hashes: Mapping[str, str] | None = None) -> Runs:
+    "`block_runs` with the paper's columns and our labels."
+    return block_runs(title, rows, profile, block, results, config_hashes, [f"coop_{name}" for name in datasets()], label_of)
 
 def about(runs: Runs) -> str:
     "What our numbers are: model, data, protocol, seeds, how to read an entry."
@@ -122,12 +91,7 @@ def about(runs: Runs) -> str:
             "± standard deviation over seeds if there are several, and in brackets `acc_best_test`, the best of the test evaluations of each seed "
             f"(their number: {looks}). Best `acc` of a column bold, second underlined.")
 
-def accuracy_part(runs: Runs) -> pd.DataFrame:
-    "One line per row: accuracies and their average over all tasks."
-    table = runs.table
-    part = {"Row": [row.label for row in table.rows], "Seeds": [len(set(table.of(row).seed)) or NOT_RUN for row in table.rows]}
-    part |= {task: entries(table, task, 2) for task in runs.tasks}
-    return pd.DataFrame(part | {f"Average ({len(runs.tasks)})": entries(table, "average", 2)})
+
 
 # %% ../nbs/07h_adapt_report.ipynb #e49f3583
 def why_not(runs: Runs, printed) -> str:  # "" when differences may be taken; printed: a row of an adapt table

@@ -27,6 +27,8 @@ METHODS = {
     "ship": "ship.SHIP",
     "da_vpt": "davpt.DAVPT",
     "da_vpt_ship": "davpt_ship.GuidedSHIP",
+    "spt_lora": "spt.SPTLoRA",
+    "spt_adapter": "spt.SPTAdapter",
 }
 CLIP_METHODS = {   # for `tune_clip`
     "zero_shot": "clip_text.ZeroShot",

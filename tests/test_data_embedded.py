@@ -10,10 +10,11 @@ from PIL import Image
 
 from hierprompt.core import sha256_file
 from hierprompt.data.embedded import EMBEDDED, SCENE_SIZE, load_embedded, provenance
-from hierprompt.data.packs import content_hash, find_packs, nearest, picture_hash, read_pack, write_pack
+from hierprompt.data.packs import content_hash, find_packs, nearest, pack_about, picture_hash, read_pack, write_pack
 from hierprompt.data.probes import linear_probe, probes, raw_pixels
 from hierprompt.data.scenes import SCENE, Style, draw_scenes, render_scene
 from hierprompt.data.tasks import PARTS, Split, Task, list_tasks, load_task
+from hierprompt.seg.compose import RECIPES
 
 PACKED = [name for name, task in EMBEDDED.items() if task.packs]
 PACKS = sorted({pack for task in EMBEDDED.values() for pack in task.packs})
@@ -55,13 +56,15 @@ def test_every_file_is_the_one_described(name, packs):
 
 def test_nothing_else_and_not_much():
     folder = find_packs()
-    assert sorted(p.stem for p in folder.glob("*.npz")) == PACKS == sorted(p.stem for p in folder.glob("*.json"))
+    known = sorted({*PACKS, *(pack for recipe in RECIPES.values() for pack in recipe.packs)})
+    assert sorted(p.stem for p in folder.glob("*.npz")) == known == sorted(p.stem for p in folder.glob("*.json"))
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 15e6
 
 
 def test_licences():
     text = (find_packs() / "LICENSES.md").read_text()
-    for source in provenance():
+    of_segmentation = [{"pack": p, **s} for p in ("climate_maps", "objects") for s in pack_about(p)["sources"]]
+    for source in provenance() + of_segmentation:
         assert f"| {source['pack']} | {source['package']} {source['version']}" in text
         assert "GPL" not in source["licence"] and "BY-SA" not in source["licence"]
         assert len(source["sha256"]) == 64 and source["author"] and source["took"]

@@ -25,15 +25,16 @@ from hierprompt.data.tasks import Task
 from hierprompt.pipeline import LEVELS, leftovers, main, selected, stages
 from hierprompt.methods.davpt_settings import released_settings
 from hierprompt.profiles import load_profile, resolve
+from hierprompt.registry import method_modules
 from hierprompt.results import load_published
 from hierprompt.training import evaluate
-from hierprompt.registry import method_modules
 from hierprompt.tuned import load_tuned
 
 TINY = {"base": "smoke", "data": {"train": 32, "val": 16, "test": 32}, "recipe": {"epochs": 2}, "variants": {"linear": {"keep": False}},
         "tables": {"baselines": {"variants": ["linear", "vpt_deep"]}, "ship": {"blocks": {"table_1": {"variants": ["ship", "vpt_deep"]}}},
                    "davpt": {"blocks": {"table_1": {"variants": ["vpt_deep", "da_vpt"]}, "ship": None}},
-                   "adapt": {"blocks": {"table_1": {"variants": ["zsclip", "adapt_adaptive"]}}}}}
+                   "adapt": {"blocks": {"table_1": {"variants": ["zsclip", "adapt_adaptive"]}}},
+                   "segmentation": None}}   # see the fixture trees below
 ADAPT = {"zsclip-clip_fashion", "adapt_adaptive-clip_fashion"}   # its cells
 PROFILES = sorted(path.stem for path in (ROOT/"profiles").glob("*.yaml"))
 
@@ -54,7 +55,7 @@ def with_profile(folder, name, values):
 
 def timeless(metrics):
     "A metrics record without what differs from run to run."
-    diagnostics = {key: value for key, value in metrics["diagnostics"].items() if key != "map_seconds"}
+    diagnostics = {key: value for key, value in metrics["diagnostics"].items() if key not in ("map_seconds", "test_seconds")}
     return {key: value for key, value in metrics.items() if key not in ("seconds", "images_per_second", "peak_memory_mb")} | {"diagnostics": diagnostics}
 
 
@@ -196,7 +197,16 @@ def running(pid):
     ({"tables": {"baselines": {"tasks": ["clip_emoji"]}}}, "method 'full' tunes a ViT and wants an ordinary task, 'clip_emoji' is none"),
     ({"tasks": {"clip_emoji": {"root": "/data"}}}, "task 'clip_emoji' is embedded and has no folder"),
     ({"variants": {"adapt": {"config": {"targets": 3}}}}, "unknown key 'targets' = 3 in configuration of 'adapt'. Did you mean 'target'?"),
-    ({"variants": {"cocoop": {"head_init": "vpt"}}}, "a CLIP has no classifier")])
+    ({"variants": {"cocoop": {"head_init": "vpt"}}}, "a CLIP has no classifier"),
+    ({"seg": None}, "cell seg_full-seg_climate: the profile has no `seg`"),
+    ({"seg": {"name": "vit_smal"}}, "unknown"),
+    ({"seg": {"chanels": 8}}, "unknown key 'chanels' = 8"),
+    ({"seg_recipe": {"epochs": 3}}, "unknown key 'epochs' = 3"),
+    ({"variants": {"seg_vpt": {"grid": {"optimiser": ["sgd"]}}}}, "optimiser"),
+    ({"tables": {"baselines": {"tasks": ["seg_climate"]}}}, "method 'full' tunes a ViT and wants an ordinary task, 'seg_climate' is none"),
+    ({"tables": {"segmentation": {"blocks": {"table_2": {"tasks": ["emoji"]}}}}}, "recipe 'ade20k' trains a segmentor and wants a task of mmseg or embedded_seg, 'emoji' is none"),
+    ({"tasks": {"seg_climate": {"root": "/data"}}}, "task 'seg_climate' is embedded and has no folder"),
+    ({"variants": {"seg_vpt": {"head_init": "vpt"}}}, "a segmentor has no classifier")])
 def test_a_profile_with_a_mistake_is_refused_and_changes_nothing(here, capsys, change, message):
     shutil.copytree(ROOT/"profiles", here/"profiles")
     (here/"profiles"/"mine.yaml").write_text(yaml.safe_dump({"base": "laptop", **change}))
@@ -236,9 +246,10 @@ def test_cells_are_those_of_the_blocks(name):
         assert table["tasks"] == list(dict.fromkeys(t for block in blocks for t in block["tasks"]))
         if table["table"] == "baselines": assert table["blocks"].keys() == {"baselines"}
     cells = {f"{name}-{v}-{t}" for table in params["tables"].values() for block in table["blocks"].values() for v in block["variants"] for t in block["tasks"]}
-    assert {*params["cells"], *params["clip_cells"]} == cells
+    assert {*params["cells"], *params["clip_cells"], *params["seg_cells"]} == cells
     assert {stage.split("run@")[1] for stage in selected(params, None)["run"]} == cells
-    assert all(stage.startswith("stages/clip/dvc.yaml:") == (stage.split("run@")[1] in params["clip_cells"]) for stage in selected(params, None)["run"])
+    for kind in ("clip", "seg"):
+        assert all(stage.startswith(f"stages/{kind}/dvc.yaml:") == (stage.split("run@")[1] in params[f"{kind}_cells"]) for stage in selected(params, None)["run"])
 
 
 def test_a_variant_on_another_one_changes_what_it_names(tmp_path):
@@ -289,7 +300,7 @@ def test_published_settings_lie_below_what_the_profile_says(tmp_path):
 def test_keeping_a_model_is_no_part_of_a_result():
     params = resolved("laptop")
     kept = {name: variant["keep"] for name, variant in params["variants"].items()}
-    assert [name for name, keep in kept.items() if not keep] == ["full"]
+    assert [name for name, keep in kept.items() if not keep] == ["full", "seg_full"]
     settings = cell_settings(params, "laptop", "full", "emoji")
     assert settings["keep"] is False and cell_hash({**settings, "keep": True}) == cell_hash(settings)
 
@@ -303,7 +314,7 @@ def test_variants_that_no_table_shows_are_checked_and_left_out(tmp_path):
         else:
             with pytest.raises(TypeError, match="variant mine: unknown key 'tokens'"): resolve(load_profile("mine", tmp_path/"profiles"))
     params = resolved("laptop")
-    assert set(params["variants"]) == {cell["variant"] for cell in (params["cells"] | params["clip_cells"]).values()}
+    assert set(params["variants"]) == {cell["variant"] for cell in (params["cells"] | params["clip_cells"] | params["seg_cells"]).values()}
 
 
 def test_baselines_and_ship_consist_of_one_module_each():
@@ -488,6 +499,8 @@ def test_a_module_reaches_only_the_stages_that_use_it(tiny):
     assert stale_after("hierprompt/methods/ship.py") == {"tiny-ship-emoji", *tables}
     assert stale_after("hierprompt/methods/pruning.py") == {"tiny-adapt_adaptive-clip_fashion"}
     assert stale_after("hierprompt/prompted.py") == {f"tiny-{cell}" for cell in ADAPT}
+    assert stale_after("hierprompt/seg/loop.py") == set()
+    assert stale_after("hierprompt/registry.py") == set()   # a method more makes no run of another one stale
     assert stale_after("hierprompt/methods/guidance.py") == {"tiny-da_vpt-emoji", *tables}   # a module of DA-VPT that its cells' method does not name
 
 
@@ -616,7 +629,33 @@ def test_adapts_paper_profile_on_a_fixture_tree(tmp_path):
     assert "KgCoOp" in page and "not run" in page and "MaPLe" in page
 
 
-@pytest.mark.parametrize("profile, setting", [("paper", "tasks.vtab.root"), ("paper_adapt", "tasks.coop.root")])
+def test_segmentations_paper_profile_on_fixture_trees(tmp_path):
+    "Both tasks with their own schedules and backgrounds, in MMSegmentation's layouts; a choice between optimizers on pictures that are kept out."
+    from seg_trees import make_ade20k_tree, make_pascal_context_tree
+    ade, context = make_ade20k_tree(tmp_path/"ade"), make_pascal_context_tree(tmp_path/"context")
+    short = {"iterations": 2, "batch_size": 2, "crop": 32, "scale": [40, 32], "stride": 21, "tta_ratios": [1.0], "prepare_crops": 4}
+    values = {"base": "paper_seg", "threads": 1, "backbone": {"name": "tiny_random", "image_size": 32}, "seg": {"name": "tiny_random", "channels": 8, "out_indices": [0, 1, 2, 3]}, "seg_recipe": short,
+              "tasks": {"ade20k": {"root": str(ade), "strict": False}, "pascal_context": {"root": str(context), "strict": False}},
+              "variants": {"seg_vpt": {"config": {"num_tokens": 2}, "grid": {"optimizer": ["sgd", "adamw"], "lr": [1.0e-3]}}},
+              "tables": {"segmentation": {"blocks": {"table_2": {"variants": ["seg_linear", "seg_vpt"], "tasks": ["mmseg"]}}}}}
+    folder = with_profile(make_clone(tmp_path/"hierprompt"), "fixture", values)
+    done = pipeline(folder, "repro", capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {cell: record for cell, (record, _) in results(folder, "fixture").items()}
+    assert set(found) == {f"{v}-{t}" for v in ("seg_linear", "seg_vpt") for t in ("ade20k", "pascal_context")}
+    assert [len(found[f"seg_linear-{t}"]["diagnostics"]["colours"]) for t in ("ade20k", "pascal_context")] == [150, 60]
+    chosen = found["seg_vpt-ade20k"]["diagnostics"]["chosen"]
+    assert len(chosen) == 1 and chosen[0]["optimizer"] in ("sgd", "adamw") and "chosen per seed from 2 settings" in found["seg_vpt-ade20k"]["protocol"]
+    assert found["seg_vpt-ade20k"]["parameters"]["prompts"] == 2 * 4 * 64
+    page = (folder/"results/fixture/tables/segmentation/table_2.md").read_text()
+    assert "| DA-VPT " in page and "not run" in page
+    mask = next((ade/"annotations/training").iterdir())
+    mask.unlink()
+    done = pipeline(folder, "run", "nbs/runs/seg_data.ipynb", "--out", "data.ipynb", "-p", "profile=fixture", "-p", "task=ade20k", "-p", "params_file=params.yaml", "-p", "out=data/again", capture_output=True)
+    assert done.returncode == 1 and mask.name in done.stderr     # a missing mask stops before anything trains
+
+
+@pytest.mark.parametrize("profile, setting", [("paper", "tasks.vtab.root"), ("paper_adapt", "tasks.coop.root"), ("paper_seg", "tasks.ade20k.root")])
 def test_paper_profiles_without_folder_name_the_setting(tmp_path, profile, setting):
     folder = make_clone(tmp_path/"hierprompt")
     assert pipeline(folder, "profile", profile, capture_output=True).returncode == 0

@@ -16,6 +16,7 @@ from hierprompt.registry import CLIP_METHODS, METHODS, method_modules
 ROOT = Path(__file__).parents[1]
 STAGES = read_yaml(ROOT/"dvc.yaml")["stages"]
 CLIP_STAGES = read_yaml(ROOT/"stages"/"clip"/"dvc.yaml")["stages"]
+SEG_STAGES = read_yaml(ROOT/"stages"/"seg"/"dvc.yaml")["stages"]
 PROFILES = sorted(path.stem for path in (ROOT/"profiles").glob("*.yaml"))
 
 
@@ -138,6 +139,11 @@ def test_stages_of_clip_depend_on_exactly_the_modules_they_use(stage, notebook):
     assert modules_of(stage, CLIP_STAGES) == (needed(notebook) | behind(loaded)) - WRITERS
 
 
+@pytest.mark.parametrize("stage, notebook", [("backbone", "nbs/runs/backbone.ipynb"), ("data", "nbs/runs/seg_data.ipynb"), ("run", "nbs/runs/segment.ipynb")])
+def test_stages_of_segmentation_depend_on_exactly_the_modules_they_use(stage, notebook):
+    assert modules_of(stage, SEG_STAGES) == needed(notebook) - WRITERS
+
+
 @pytest.mark.parametrize("name", PROFILES)
 def test_every_table_has_its_notebook(name):
     tables = [t["table"] for t in resolve(load_profile(name, ROOT/"profiles"))["tables"].values()]
@@ -156,7 +162,7 @@ def test_data_stages_depend_on_all_that_loads_their_task_and_on_no_other_rendere
         assert all((ROOT/file).is_file() for file in own)
 
 
-@pytest.mark.parametrize("stages, cells", [(STAGES, "cells"), (CLIP_STAGES, "clip_cells")])
+@pytest.mark.parametrize("stages, cells", [(STAGES, "cells"), (CLIP_STAGES, "clip_cells"), (SEG_STAGES, "seg_cells")])
 def test_the_run_stage_has_a_line_for_each_module_of_a_method(stages, cells):
     lines = [dep for dep in stages["run"]["do"]["deps"] if "modules" in dep]
     assert lines == [f"hierprompt/methods/${{item.modules[{i}]}}.py" for i in range(SLOTS)]
