@@ -462,9 +462,7 @@ def test_models_are_kept_where_the_profile_says_so(tiny):
 
 
 def test_nothing_to_do(tiny):
-    start = time.perf_counter()
     assert "Data and pipelines are up to date" in dvc(tiny, "repro")
-    assert time.perf_counter() - start < 6   # mostly dvc.lock, which has the stages of all profiles
     assert "everything is up to date" in pipeline(tiny, "repro", capture_output=True).stdout
 
 

@@ -360,7 +360,8 @@ def test_other_counts_of_the_specification():
 def test_the_decoder_is_mmsegmentations():
     "Against the configuration file of the release's base, for ADE20K."
     stock, ours = Config.fromfile(CONFIGS / "setr/setr_vit-l_pup_8xb2-160k_ade20k-512x512.py").model, setr_pup(LARGE, norm="SyncBN")
-    defaults = dict(act_cfg=dict(type="ReLU"), up_scale=4, norm_layer=dict(type="LN", eps=1e-6, requires_grad=True))
+    defaults = dict(act_cfg=dict(type="ReLU"), up_scale=4, norm_layer=dict(type="LN", eps=1e-6, requires_grad=True),
+                    init_cfg=dict(type="Normal", std=0.01, override=dict(name="conv_seg")))
     for mine, theirs in zip([ours["decode_head"], *ours["auxiliary_head"]], [stock.decode_head, *stock.auxiliary_head], strict=True):
         assert {**defaults, **mine} == {**defaults, **theirs.to_dict()}
     assert ours["test_cfg"] == stock.test_cfg.to_dict()

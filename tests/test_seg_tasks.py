@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from seg_trees import make_ade20k_tree, make_pascal_context_tree, pair
 
 from hierprompt.core import read_json, sha256_file
 from hierprompt.data.packs import content_hash, find_packs, read_pack
@@ -14,12 +15,18 @@ from hierprompt.data.scenes import draw_scenes, ground, laid, lit
 from hierprompt.data.tasks import PARTS
 from hierprompt.seg import compose
 from hierprompt.seg.compose import KINDS, RECIPES, STYLE, TILE, ZONES, climate_maps, climate_places, climate_samples, object_samples, scene_objects, spread_places, stripe_part
-from seg_trees import make_ade20k_tree, make_pascal_context_tree, pair
 
 tasks = pytest.importorskip("hierprompt.seg.tasks", exc_type=ImportError)
+from mmengine.registry import DefaultScope
 from hierprompt.seg.tasks import SEG_TASKS, DATASETS, coloured, dataset_config, inspect_pair, overlay, show_samples, verify, write_task
 
-LOAD = [{"type": "mmseg.LoadImageFromFile"}, {"type": "mmseg.LoadAnnotations"}]
+LOAD = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}]
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    "Names of transforms are MMSegmentation's, whatever a runner has left behind."
+    with DefaultScope.overwrite_default_scope("mmseg"): yield
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +319,7 @@ def test_unknown_names(name, split, text):
 
 def test_a_tree_goes_through_the_training_transforms(written):
     "Crop, flip and packing of MMSegmentation: what a data loader of a runner yields."
-    pipeline = [*LOAD, {"type": "mmseg.RandomCrop", "crop_size": (28, 28), "cat_max_ratio": .75}, {"type": "mmseg.RandomFlip", "prob": 1.0}, {"type": "mmseg.PackSegInputs"}]
+    pipeline = [*LOAD, {"type": "RandomCrop", "crop_size": (28, 28), "cat_max_ratio": .75}, {"type": "RandomFlip", "prob": 1.0}, {"type": "PackSegInputs"}]
     item = DATASETS.build(dataset_config("seg_objects", written["seg_objects"], "train", pipeline))[0]
     assert item["inputs"].shape == (3, 28, 28) and item["data_samples"].gt_sem_seg.data.shape == (1, 28, 28) and item["data_samples"].metainfo["flip"]
 
