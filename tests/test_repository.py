@@ -182,3 +182,10 @@ def test_git_holds_no_large_file():
     sizes = {name: (ROOT/name).stat().st_size for name in filter(None, listed) if (ROOT/name).is_file()}
     assert sum(sizes.values()) < 60e6
     assert not [name for name, size in sizes.items() if name.endswith(".ipynb") and size > 250e3]
+
+
+@pytest.mark.parametrize("notebook", sorted(p for place in ("nbs", "results") for p in (ROOT/place).rglob("*.ipynb") if "notebooks" not in p.parts and ".ipynb_checkpoints" not in p.parts), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_output_names_a_folder_of_the_machine_that_made_it(notebook):
+    outputs = [output for cell in nbformat.read(notebook, 4).cells for output in cell.get("outputs", [])]
+    texts = [str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", "")) for output in outputs]
+    assert not [text for text in texts if "site-packages" in text or str(ROOT) in text]
