@@ -323,3 +323,9 @@ def test_pictures_that_are_kept_out_are_not_trained_on(objects):
 def test_cells_that_do_not_fit(objects, tmp_path, changes, error, text):
     with pytest.raises(error, match=text): run_cell(cell(objects, **changes), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_training_leaves_the_default_scope_as_it_was(training):
+    with DefaultScope.overwrite_default_scope("mmengine"):
+        train(model("linear", {}), training, replace(RECIPE, iterations=1))
+        assert DefaultScope.get_current_instance().scope_name == "mmengine"

@@ -27,7 +27,7 @@ from hierprompt.engine import Context
 from hierprompt.methods.guidance import one_of
 from hierprompt.profiles import load_profile
 from hierprompt.registry import METHODS
-from hierprompt.seg.backbone import PromptedViT, SegHost, fit_positions, read_blocks, resize_positions
+from hierprompt.seg.backbone import READINGS, PromptedViT, SegHost, fit_positions, read_blocks, resize_positions
 from hierprompt.seg.recipes import SEG_RECIPES, seg_recipe
 from hierprompt.seg.segmentor import DrawSampler, Draws, MapHook, PackPresent, TunerHook, View, build_segmentor, draw_crops, prepare, presence
 from hierprompt.seg.setr import param_groups, setr_pup, single_scale_pipeline, train_pipeline, tta_pipeline
@@ -409,3 +409,13 @@ def test_recipes_that_make_no_sense(changes, error, text):
 def test_statistics_of_the_weights_can_be_used():
     backbone = dict(LARGE)
     assert setr_pup(backbone, normalize="backbone")["data_preprocessor"]["mean"] == [127.5] * 3
+
+
+def test_the_blocks_that_are_read_are_ascending_each_once_and_end_with_the_last():
+    for reading in READINGS:
+        for depth in range(1, 49):
+            blocks = read_blocks(depth, reading)
+            assert list(blocks) == sorted(set(blocks)) and blocks[-1] == depth - 1
+            assert len(blocks) == 4 or depth < 7
+    assert read_blocks(4) == (1, 2, 3) and read_blocks(1) == (0,)
+    assert len(PromptedViT(**{**TINY, "out_indices": None}).host.taps) == 3

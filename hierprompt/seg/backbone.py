@@ -58,8 +58,9 @@ READINGS = {"released": (9, 14, 19, 23), "paper": (8, 11, 17, 23)}   # of 24 blo
 def read_blocks(depth: int,                 # number of blocks
                 reading: str = "released",  # a key of `READINGS`
                ) -> tuple[int, ...]:        # indices from 0, ascending
-    "The blocks that the heads read, at the same fractions of any depth."
-    return tuple(math.ceil((i + 1) * depth / 24) - 1 for i in lookup(READINGS, reading, "reading of the layers"))
+    "The blocks that the heads read, at the same fractions of any depth, each once: a shallow network has fewer than four."
+    blocks = [math.ceil((i + 1) * depth / 24) - 1 for i in lookup(READINGS, reading, "reading of the layers")]
+    return tuple(dict.fromkeys(blocks))
 
 # %% ../../nbs/seg/01_backbone.ipynb #382a4882
 class SegHost(TimmViT):

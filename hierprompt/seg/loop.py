@@ -186,10 +186,10 @@ def train(model: PromptedEncoderDecoder,  # trained in place, left in evaluation
     ours = [losses, TunerHook(interval), MapHook(interval), *hooks]
     if folder is not None: ours.append(StateHook(Path(folder)/"checkpoint.safetensors", {"recipe": to_dict(recipe), "seed": seed, "pictures": len(dataset), **(run or {})}, losses, checkpoint_every))
     none = dict.fromkeys(("runtime_info", "timer", "sampler_seed", "logger", "checkpoint"))
-    with TemporaryDirectory() as work, global_generators_kept(), seeded(seed, "dropout", torch.device(get_device())):
+    with TemporaryDirectory() as work, DefaultScope.overwrite_default_scope("mmseg"), global_generators_kept(), seeded(seed, "dropout", torch.device(get_device())):
         runner = Runner(model, work, train_loader(dataset, recipe.batch_size, seed, workers), train_cfg=dict(type="IterBasedTrainLoop", max_iters=recipe.iterations),
                         optim_wrapper=_wrapped(seg_optimizer(model.trainable(), recipe), recipe), param_scheduler=schedulers(recipe), default_hooks=none, custom_hooks=ours,
-                        log_level="ERROR", default_scope="mmseg", randomness=dict(seed=rng_seed(seed, "dropout")), experiment_name=f"segmentation {id(losses)}")
+                        log_level="ERROR", default_scope=None, randomness=dict(seed=rng_seed(seed, "dropout")), experiment_name=f"segmentation {id(losses)}")
         runner.train()
     losses.bar.close()
     model.eval()
