@@ -91,7 +91,17 @@ def about(runs: Runs) -> str:
     table, frame = runs.table, runs.table.frame
     apart = "" if set(runs.tasks) & set(PRINTED) else ", none of the paper's data sets: no number of ours compares with a printed one"
     return (f"**{table.title}**, profile `{table.profile}`. Backbone: {listed(sorted(set(frame.backbone)))}. Data: {', '.join(runs.tasks)}{apart}. Protocol: {_some(frame.protocol)}. "
-            f"Seeds: {listed(sorted(set(frame.seed)))}. Entries are mean intersections over union on the test split in percent, after the last iteration. Best of a column bold, second underlined.")
+            f"Seeds: {listed(sorted(set(frame.seed)))}. Entries are mean intersections over union on the test split in percent, after the last iteration. Best of a column bold, second underlined.{_floors(runs)}")
+
+def _noted(runs: Runs, task: str, name: str) -> dict:
+    "What the runs of a task have in common in their diagnostics; empty where none ran."
+    return next((d[name] for cell, d in runs.diagnostics.items() if cell.endswith(f"-{task}")), {})
+
+def _floors(runs: Runs) -> str:
+    "The floors of all tasks in words."
+    found = {task: _noted(runs, task, "most_frequent") for task in runs.tasks}
+    told = [f"{f['miou']:.2f} ({f['class']}) on {task}" for task, f in found.items() if f]
+    return f" The most frequent class of the training masks on every pixel would reach {', '.join(told)}." if told else ""
 
 REMARKS = [
     "Not subtracted (D37): the printed rows stand on SETR's ViT-L, weights that are not to be had under a name; ours on the backbone named above.",
@@ -122,7 +132,7 @@ def table_2(profile: str, block: Mapping | None, results: str | Path = "results"
 MOST = 24   # classes with a name below the pictures
 
 def plot_rows(runs: Runs):  # matplotlib figure
-    "Bars: mean intersection over union of every row, single-scale; the multi-scale value as a line."
+    "Bars: mean intersection over union of every row, single-scale; the multi-scale value as a line, the most frequent class alone dotted."
     table = runs.table
     figure, axes = panels([f"{task} ({table.profile})" for task in runs.tasks], height=2.8)
     for axis, task in zip(axes, runs.tasks):
@@ -133,7 +143,8 @@ def plot_rows(runs: Runs):  # matplotlib figure
             if several: axis.plot([np.mean(several)] * 2, [i - 0.4, i + 0.4], "k-", lw=1)
         axis.set_yticks(range(len(table.rows)), [row.label for row in table.rows] if axis is axes[0] else [])
         axis.invert_yaxis()
-        axis.set_xlabel("mean IoU, % (line: multi-scale)", fontsize=7)
+        if worth := _noted(runs, task, "most_frequent"): axis.axvline(worth["miou"], color="k", ls=":", lw=1)
+        axis.set_xlabel("mean IoU, % (line: multi-scale; dotted: most frequent class)", fontsize=7)
     return figure
 
 def strips(runs: Runs,
@@ -154,7 +165,7 @@ def strips(runs: Runs,
 
 def class_colours(runs: Runs, task: str) -> dict[str, list[int]]:
     "Class -> RGB, as the runs painted them; empty where none ran."
-    return next((d["colours"] for cell, d in runs.diagnostics.items() if cell.endswith(f"-{task}")), {})
+    return _noted(runs, task, "colours")
 
 def plot_strips(pictures: Mapping[str, Image.Image], colours: Mapping[str, Sequence[int]]):  # matplotlib figure
     "One line a row, the classes' colours below."

@@ -17,7 +17,10 @@ from hierprompt.seg import compose
 from hierprompt.seg.compose import KINDS, RECIPES, STYLE, TILE, ZONES, climate_maps, climate_places, climate_samples, object_samples, scene_objects, spread_places, stripe_part
 
 tasks = pytest.importorskip("hierprompt.seg.tasks", exc_type=ImportError)
+import torch
 from mmengine.registry import DefaultScope
+from mmseg.evaluation import IoUMetric
+from hierprompt.seg.cells import most_frequent
 from hierprompt.seg.tasks import SEG_TASKS, DATASETS, coloured, dataset_config, inspect_pair, overlay, show_samples, verify, write_task
 
 LOAD = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}]
@@ -491,3 +494,18 @@ def test_samples_are_shown(name, trees):
 def test_neither_the_package_nor_the_composer_needs_mmsegmentation():
     code = "import sys, hierprompt, hierprompt.seg, hierprompt.seg.compose; print([m for m in sys.modules if m.split('.')[0] in ('mmseg', 'mmcv', 'mmengine')])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+# --- what a mean over classes is to be compared with
+
+
+@pytest.mark.parametrize("name", ["seg_climate", "seg_objects", "pascal_context"])
+def test_the_most_frequent_class_is_worth_what_the_metric_says(name, originals):
+    task, worth = SEG_TASKS[name], most_frequent(verify(name, originals[name])["shares"])
+    dataset, areas = DATASETS.build(dataset_config(name, originals[name], "test", LOAD)), 0.0
+    for item in (dataset[i] for i in range(len(dataset))):
+        truth = torch.from_numpy(item["gt_seg_map"].astype(int))
+        areas = areas + torch.stack(IoUMetric.intersect_and_union(torch.full_like(truth, task.classes.index(worth["class"])), truth, task.num_classes, 255)).double()
+    found = IoUMetric.total_area_to_metrics(*areas)
+    assert worth["miou"] == pytest.approx(100 * np.nanmean(found["IoU"]), rel=1e-12)
+    assert worth["macc"] == pytest.approx(100 * np.nanmean(found["Acc"]), rel=1e-12)

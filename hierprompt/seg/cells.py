@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'SIDE', 'as_cell', 'choose', 'finished', 'strip', 'write_strip', 'Trained', 'keep_segmentor',
-           'seg_metrics']
+           'most_frequent', 'seg_metrics']
 
 # %% ../../nbs/seg/05_cells.ipynb #4016fd46
 from collections.abc import Mapping, Sequence
@@ -98,11 +98,19 @@ def keep_segmentor(folder: str | Path,   # of the last seed's run
     "Writes results/PROFILE/models/CELL: what `load_cell` reads, or a page that says why there is nothing."
     return keep_model(Trained(Path(folder)), out, settings)
 
+def most_frequent(shares: Mapping[str, Mapping[str, float]]  # part -> class -> share of the pixels that have a class
+                 ) -> dict:                                  # "class"; "miou" and "macc" in percent
+    "What a test would say of masks that are nothing but the most frequent class of the training masks."
+    test = shares["test" if "test" in shares else "val"]   # the published sets are tested on their validation pictures
+    name, occurring = max(shares["train"], key=shares["train"].get), sum(share > 0 for share in test.values())
+    return {"class": name, "miou": 100 * test[name] / occurring, "macc": 100 * (test[name] > 0) / occurring}
+
 def seg_metrics(settings: Mapping,                # from `seg_settings`
                 found: Mapping[int, Mapping],     # seed -> what `run_cell` returned
                 cells: Mapping[int, SegCell],     # seed -> what was trained
                 tried: Mapping[int, pd.DataFrame | None],   # seed -> what was tried
                 weights: str | Path | None,       # the backbone's file
+                shares: Mapping[str, Mapping],    # part -> class -> share of the pixels, of `verify`
                ) -> Metrics:
     "The numbers of a cell: accuracy is mean intersection over union, single-scale; the others are in the diagnostics."
     last, task = found[settings["seeds"][-1]], SEG_TASKS[settings["task"]]
@@ -119,4 +127,4 @@ def seg_metrics(settings: Mapping,                # from `seg_settings`
         preprocess={"crop": recipe["crop"], "normalize": settings["decoder"]["normalize"]}, data={"pictures": sizes, "source": task.source, "licence": task.licence},
         backbone={k: backbone_info(settings["backbone"]["name"], weights)[k] for k in ("name", "sha256")}, config_hash=cell_hash(settings),
         diagnostics={"miou_ms": over_seeds("multi_scale", "miou"), "macc": over_seeds("test", "macc"), "aacc": over_seeds("test", "aacc"), "iou": over_seeds("test", "iou"), "test_seconds": [f["test_seconds"] for f in found.values()],
-                     "colours": dict(zip(task.classes, task.palette)), "chosen": [{"optimizer": c.recipe_changes["optimizer"], "lr": c.recipe_changes["lr"], "config": c.config} for c in cells.values()]})
+                     "most_frequent": most_frequent(shares), "colours": dict(zip(task.classes, task.palette)), "chosen": [{"optimizer": c.recipe_changes["optimizer"], "lr": c.recipe_changes["lr"], "config": c.config} for c in cells.values()]})
