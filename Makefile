@@ -9,7 +9,7 @@ VENV    := $(CURDIR)/.venv
 STAMP   := $(VENV)/.installed
 export PATH := $(VENV)/bin:$(PATH)
 TEST_ENV := PYTHONWARNINGS="ignore:IProgress not found" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path 'nbs/runs/*' -not -path 'nbs/tables/*' -not -path 'nbs/packs/*' | sort)
+NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path 'nbs/runs/*' -not -path 'nbs/tables/*' -not -path 'nbs/data/embedded/packs/*' | sort)
 README   = jupyter nbconvert --log-level=WARN --to markdown --RegexRemovePreprocessor.patterns='^\#\| *hide' --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove_input nbs/index.ipynb --output README --output-dir
 
 .PHONY: help setup test repro profile notebooks export-check notebook-tests smoke pytest showcase readme readme-check
@@ -17,7 +17,7 @@ README   = jupyter nbconvert --log-level=WARN --to markdown --RegexRemovePreproc
 help:
 	@echo "make test                       everything that must hold before a commit"
 	@echo "make repro                      rebuild all results of the laptop profile, compare them with the committed ones"
-	@echo "make profile PROFILE=reference  change the active profile; then: python -m hierprompt.pipeline repro"
+	@echo "make profile PROFILE=reference  change the active profile; then: hierprompt repro"
 	@echo "make notebooks                  execute the documentation notebooks in place"
 	@echo "make showcase                   copy one executed run per method to results/PROFILE/showcase"
 	@echo "make readme                     README.md from nbs/index.ipynb"
@@ -26,18 +26,18 @@ setup: $(STAMP)
 $(STAMP): settings.ini setup.py constraints.txt
 	@test -x $(VENV)/bin/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing the pinned versions into $(VENV) (minutes, once)"
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,seg]'
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all]'
 	@touch $@
 
 test: setup export-check readme-check notebook-tests smoke pytest
 
 repro: setup
-	python -m hierprompt.pipeline profile $(PROFILE) --check
-	python -m hierprompt.pipeline repro --force --jobs $(JOBS)
-	python -m hierprompt.compare --profile $(PROFILE)
+	hierprompt profile $(PROFILE) --check
+	hierprompt repro --force --jobs $(JOBS)
+	hierprompt compare --profile $(PROFILE)
 
 profile: setup
-	python -m hierprompt.pipeline profile $(PROFILE)
+	hierprompt profile $(PROFILE)
 
 notebooks: setup
 	@for notebook in $(NOTEBOOKS); do echo "$$notebook"; \

@@ -6,6 +6,9 @@ from setuptools import find_packages, setup
 config = ConfigParser(delimiters=["="], interpolation=None)
 config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
+SUFFIX = "_requirements"
+extras = {key.removesuffix(SUFFIX): value.split() for key, value in cfg.items() if key.endswith(SUFFIX)}
+extras["all"] = sorted({requirement for requirements in extras.values() for requirement in requirements})
 
 setup(
     name=cfg["lib_name"],
@@ -20,10 +23,10 @@ setup(
     project_urls={"Source": cfg["git_url"]},
     keywords=cfg["keywords"].split(),
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research", "Programming Language :: Python :: 3.11"],
-    entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
+    entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"], "console_scripts": [cfg["console_scripts"]]},
     packages=find_packages(include=["hierprompt", "hierprompt.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "seg": cfg["seg_requirements"].split()},
+    extras_require=extras,
     zip_safe=False,
 )

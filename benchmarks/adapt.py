@@ -2,8 +2,10 @@
 
     python benchmarks/adapt.py [--rounds 5] [--threads 2] [--batch 4] [--classes 100] [--seeds 3] [--device cpu]
 
-Random weights in the shapes of ViT-B/16, 224 pixels, 16 prompts a block and tower before pruning, class names of one to five words ("a photo of a NAME." has 8 to 12 tokens, or a few more). A step is forward, backward, SGD.
-The straightforward step runs all 77 positions of every class, with prompts concatenated to each block's keys for every image and class (Adapt spec 7 lists what is saved);
+Random weights in the shapes of ViT-B/16, 224 pixels, 16 prompts a block and tower before pruning, class names of one to five words ("a
+photo of a NAME." has 8 to 12 tokens, or a few more). A step is forward, backward, SGD.
+The straightforward step runs all 77 positions of every class, with prompts concatenated to each block's keys for every image and class
+(Adapt spec 7 lists what is saved);
 its gradients must be ours. On a CUDA device everything runs in bf16, and images per second and peak memory are reported too.
 """
 import math
@@ -13,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from engine import arguments, evaluate, measure, peak_memory, report, step
 
-from hierprompt.clip import CLIP
-from hierprompt.engine import Context, Engine, Segment, Tuner
-from hierprompt.prompted import tune_clip
-from hierprompt.tokens import FullTokenizer
+from hierprompt.clip.model import CLIP
+from hierprompt.clip.prompted import tune_clip
+from hierprompt.clip.tokens import FullTokenizer
+from hierprompt.engine.block_loop import Context, Engine, Segment, Tuner
 
 WORDS = "old red small wild northern spotted field river mountain garden".split()
 BIRDS = "warbler sparrow tern gull finch wren heron kingfisher woodpecker hummingbird".split()
-SURVIVORS = {"image": [0] * 3 + [1] * 9, "text": [2] * 11 + [1]}   # 9 and 23 tokens: the split that the paper implies for T = 32 (spec 3.2)
+# 9 and 23 tokens: the split that the paper implies for T = 32 (Adapt spec 3.2)
+SURVIVORS = {"image": [0] * 3 + [1] * 9, "text": [2] * 11 + [1]}
 TARGET = sum(sum(counts) for counts in SURVIVORS.values())
 BASE, FROZEN = "straightforward training step", "frozen image tower"
 STEP = "Adapt training step"
@@ -101,7 +104,10 @@ def cases(args):
     prompts = [whole.tuner.image.prompts, whole.tuner.text.prompts]
 
     def slow(ids):
-        def run(): torch.autograd.grad(F.cross_entropy(straightforward(clip, images, ids, *prompts), labels), [p for tower in prompts for p in tower])
+        def run():
+            torch.autograd.grad(
+                F.cross_entropy(straightforward(clip, images, ids, *prompts), labels), [p for tower in prompts for p in tower]
+            )
         return run
 
     bare = Engine(clip.image, Tuner(clip.image)).eval()

@@ -2,14 +2,16 @@
 
     python benchmarks/davpt.py [--rounds 7] [--threads 2] [--batch 8] [--tokens 20] [--device cpu]
 
-ViT-B/16 at 224 pixels, 100 classes, the last block guided by as many prompts as the others have. A step is forward, backward, AdamW. The paper's ratios are
-1.09 and 1.11 (Table 4: 1.54 and 1.56 to 1.41 ms an image). On a CUDA device everything runs in bf16, and images per second and peak memory are reported too.
+ViT-B/16 at 224 pixels, 100 classes, the last block guided by as many prompts as the others have. A step is forward, backward, AdamW. The
+paper's ratios are
+1.09 and 1.11 (Table 4: 1.54 and 1.56 to 1.41 ms an image). On a CUDA device everything runs in bf16, and images per second and peak
+memory are reported too.
 """
 import timm
 import torch
 from engine import arguments, evaluate, measure, peak_memory, report, step
 
-from hierprompt.tuned import tune
+from hierprompt.engine.tuned import tune
 
 BASE = "VPT-Deep training step"
 BARS = {"DA-VPT training step": 1.06, "DA-VPT+ training step": 1.10}
@@ -18,8 +20,15 @@ BARS = {"DA-VPT training step": 1.06, "DA-VPT+ training step": 1.10}
 def models(vit, tokens):
     "Name -> tuned model; VPT-Deep is the first."
     sizes = dict(num_tokens=tokens, num_guided=tokens)
-    kinds = {"DA-VPT": {}, "DA-VPT+": dict(bias_set="kv"), "DA-VPT+, released": dict(preset="released"), "DA-VPT, all blocks guided": dict(guided_layers=list(range(12)))}
-    return {"VPT-Deep": tune(vit, "vpt_deep", 100, num_tokens=tokens)} | {name: tune(vit, "da_vpt", 100, **sizes, **changes) for name, changes in kinds.items()}
+    kinds = {
+        "DA-VPT": {},
+        "DA-VPT+": dict(bias_set="kv"),
+        "DA-VPT+, released": dict(preset="released"),
+        "DA-VPT, all blocks guided": dict(guided_layers=list(range(12))),
+    }
+    return {"VPT-Deep": tune(vit, "vpt_deep", 100, num_tokens=tokens)} | {
+        name: tune(vit, "da_vpt", 100, **sizes, **changes) for name, changes in kinds.items()
+    }
 
 
 def cases(args):
@@ -28,9 +37,13 @@ def cases(args):
     vit = timm.create_model("vit_base_patch16_224", num_classes=0).eval().requires_grad_(False).to(args.device)
     images, labels = torch.randn(args.batch, 3, 224, 224, device=args.device), torch.arange(args.batch, device=args.device) % 100
     trained, fixed = models(vit, args.tokens), models(vit, args.tokens)      # training forgets remembered prompt keys: `fixed` never trains
-    for name in list(trained)[1:]: trained[name].tuner.guidance.prepared = True      # any map costs the same: the first one, class i to prompt i mod M
+    # any map costs the same: the first one, class i to prompt i mod M
+    for name in list(trained)[1:]: trained[name].tuner.guidance.prepared = True
 
-    steps = {f"{name} training step": step(model, images, labels, torch.optim.AdamW(model.param_groups(1e-4, 0.01))) for name, model in trained.items()}
+    steps = {
+        f"{name} training step": step(model, images, labels, torch.optim.AdamW(model.param_groups(1e-4, 0.01)))
+        for name, model in trained.items()
+    }
     return steps | {f"{name} inference": evaluate(lambda model=fixed[name]: model(images)) for name in ("VPT-Deep", "DA-VPT", "DA-VPT+")}
 
 

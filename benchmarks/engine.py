@@ -12,9 +12,9 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from hierprompt.engine import Context, Engine, Tuner
-from hierprompt.hosts import as_host
-from hierprompt.tuned import tune
+from hierprompt.engine.block_loop import Context, Engine, Tuner
+from hierprompt.engine.hosts import as_host
+from hierprompt.engine.tuned import tune
 
 
 def straightforward(host, images, prompts):
@@ -123,7 +123,8 @@ def report_cuda(args, times):
 def arguments(about, **other):
     "The command line of a benchmark, with other defaults; sets the number of threads."
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {**dict(rounds=7, threads=2, batch=8, tokens=50), **other}.items(): parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in {**dict(rounds=7, threads=2, batch=8, tokens=50), **other}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from engine import arguments, evaluate, measure, peak_memory, report
 from timm.layers import drop_path
 
-from hierprompt.methods.ship_reference import reference_forward
-from hierprompt.tuned import tune
+from hierprompt.engine.tuned import tune
+from hierprompt.methods.ship.reference import reference_forward
 
 STARTS = [0, 2, 4, 6, 8, 11]
 BARS = {"training step, engine": 2.40, "training step with drop-path 0.1, engine": 2.75, "inference, engine": 1.05}

@@ -2,29 +2,20 @@
 
 The public names are loaded when they are first used, so that command-line tools need not wait for PyTorch.
 """
-import importlib
+from .core import face
+from .methods import names   # the list of methods: names alone, their classes are imported when they are used
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "registry": ("list_methods",),
-    "tuned": ("TunedModel", "load_tuned", "tune"),
-    "prompted": ("PromptedCLIP", "tune_clip"),
-    "clip": ("load_clip",),
-    "backbones": ("load_backbone",),
-    "accounting": ("count_macs", "count_parameters"),
-    "recipes": ("RECIPES", "Recipe", "recipe"),
-    "training": ("evaluate", "fit"),
-    "data.tasks": ("Split", "Task", "list_tasks", "load_task"),
-}
-_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-__all__ = ["__version__", *_HOME]
-
-
-def __getattr__(name):
-    if name not in _HOME: raise AttributeError(f"module 'hierprompt' has no attribute {name!r}; it has {', '.join(_HOME)}")
-    return getattr(importlib.import_module(f"hierprompt.{_HOME[name]}"), name)
-
-
-def __dir__():
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = face(__name__, {
+    "engine.registry": ("list_methods",),
+    "engine.tuned": ("TunedModel", "load_tuned", "tune"),
+    "engine.accounting": ("count_macs", "count_parameters"),
+    "backbones.pretrained": ("load_backbone",),
+    "clip.model": ("load_clip",),
+    "clip.prompted": ("PromptedCLIP", "tune_clip"),
+    "data.benchmarks": ("list_tasks", "load_task"),
+    "data.tasks": ("Split", "Task"),
+    "training.loop": ("evaluate", "fit"),
+    "training.recipes": ("RECIPES", "Recipe", "recipe"),
+})

@@ -11,7 +11,9 @@ GIT = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org", "-c",
 def make_clone(folder) -> Path:
     "The copy, with one commit; without data, caches, results of other profiles than the laptop's."
     folder = Path(folder)
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for name in filter(None, listed.split("\0")):
         if not (ROOT/name).is_file(): continue   # deleted, not committed yet
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
@@ -27,10 +29,12 @@ def environment(folder) -> dict[str, str]:
 
 
 def pipeline(folder, *arguments, **options) -> subprocess.CompletedProcess:
-    "`python -m hierprompt.pipeline ...` in the copy."
-    return subprocess.run([sys.executable, "-m", "hierprompt.pipeline", *arguments], cwd=folder, env=environment(folder), text=True, **options)
+    "`hierprompt ...` in the copy."
+    return subprocess.run([sys.executable, "-m", "hierprompt", *arguments], cwd=folder, env=environment(folder), text=True, **options)
 
 
 def dvc(folder, *arguments) -> str:
     "Output of `dvc ...` in the copy."
-    return subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=folder, env=environment(folder), capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], cwd=folder, env=environment(folder), capture_output=True, text=True, check=True
+    ).stdout

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture
 def vit():
-    from hierprompt.backbones import load_backbone
+    from hierprompt.backbones.pretrained import load_backbone
     return load_backbone("tiny_random")
 
 

@@ -6,7 +6,8 @@ from PIL import Image
 
 
 def pair(stored, seed, size=(40, 32)):
-    "(height, width, 3) image and (height, width) mask for a (width, height): vertical bands of the stored values, each in a colour of its own."
+    """(height, width, 3) image and (height, width) mask for a (width, height): vertical bands of the stored values, each in a colour of
+    its own."""
     random = np.random.default_rng(seed)
     width, height = size
     mask = np.repeat(np.array(stored, np.uint8), -(-width // len(stored)))[:width][None].repeat(height, 0)

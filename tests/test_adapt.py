@@ -1,6 +1,7 @@
-"""Adapt: towers, scores and pruned runs against the slow form, and the invariants 4 to 24 of its specification (section 6).
+"""Adapt: towers, scores and pruned runs against the slow form, and the invariants 4 to 24 of Adapt spec 6.
 
-Tested elsewhere: 1 to 3 and 26 to 32 with the towers and the other methods on CLIP, 25 and 34 in test_clip_accounting.py, 33 in test_recipes.py, the choice of 35 in test_training.py."""
+Tested elsewhere: 1 to 3 and 26 to 32 with the towers and the other methods on CLIP, 25 and 34 in test_clip_accounting.py, 33 in
+test_recipes.py, the choice of 35 in test_training.py."""
 from functools import cache
 from itertools import product
 
@@ -11,15 +12,15 @@ from open_clip.model import CLIP as OpenCLIP
 from safetensors.torch import load_file, save_file
 from torch.nn.attention.bias import causal_lower_right
 
-from hierprompt.accounting import count_parameters
-from hierprompt.clip import CLIP, load_clip
-from hierprompt.engine import Context, Segment, causal
-from hierprompt.methods.adapt import AdaptConfig
-from hierprompt.methods.adapt_reference import reference_logits, reference_run, reference_score
-from hierprompt.methods.pruning import DEFAULT_REDUCTION, REDUCTIONS, PruningConfig, make_schedule, num_events, token_scores
-from hierprompt.prompted import tune_clip
-from hierprompt.recipes import GRIDS, grid
-from hierprompt.tuned import load_tuned
+from hierprompt.clip.model import CLIP, load_clip
+from hierprompt.clip.prompted import tune_clip
+from hierprompt.engine.accounting import count_parameters
+from hierprompt.engine.block_loop import Context, Segment, causal
+from hierprompt.engine.tuned import load_tuned
+from hierprompt.methods.adapt.adapt import AdaptConfig
+from hierprompt.methods.adapt.pruning import DEFAULT_REDUCTION, REDUCTIONS, PruningConfig, make_schedule, num_events, token_scores
+from hierprompt.methods.adapt.reference import reference_logits, reference_run, reference_score
+from hierprompt.training.recipes import GRIDS, grid
 
 NAMES = ["cat", "red tree", "blue river", "dog"]
 BRANCHES = ("image", "text")
@@ -45,7 +46,8 @@ def batches():
 def ids(): return clip().tokenizer([f"a photo of a {name}." for name in NAMES])
 
 
-def adapt(seed=0, **config): return tune_clip(clip(), "adapt", NAMES, seed=seed, **{"num_tokens": 4, "target": None, "init_std": 0.5, **config})
+def adapt(seed=0, **config):
+    return tune_clip(clip(), "adapt", NAMES, seed=seed, **{"num_tokens": 4, "target": None, "init_std": 0.5, **config})
 
 
 def towers(model): return dict(model.tuner.pruning.branches)
@@ -70,7 +72,8 @@ def full(model, seed=0):
     return {name: torch.stack([p.detach() for p in branch.prompts]) for name, branch in towers(fresh).items()}
 
 
-def close(a, b, tolerance=TOLERANCE): return a.shape == b.shape and (a.numel() == 0 or (a - b).abs().max() <= tolerance * max(1e-3, b.abs().max()))
+def close(a, b, tolerance=TOLERANCE):
+    return a.shape == b.shape and (a.numel() == 0 or (a - b).abs().max() <= tolerance * max(1e-3, b.abs().max()))
 
 
 def update(model, optimizer, t, between=lambda: None):
@@ -165,7 +168,9 @@ def test_text_is_causal_and_sees_all_its_prompts(storage):     # 8, 12
     for stop in range(1, 3):
         states = hidden_states(model, ids(), stop)
         assert states.shape[1] == hidden_states(adapt(), ids(), stop).shape[1]     # pruning changes no length
-        assert close(states[:, :6], hidden_states(model, other, stop)[:, :6]) and not close(states[:, 6], hidden_states(model, other, stop)[:, 6])
+        assert close(states[:, :6], hidden_states(model, other, stop)[:, :6]) and not close(
+            states[:, 6], hidden_states(model, other, stop)[:, 6]
+        )
         for i, kept in enumerate(branch.kept[:stop]):
             for k, t in enumerate(kept):
                 row = branch.prompts[i][k if branch.compact else t]
@@ -233,19 +238,35 @@ def three_updates():
         logits = reference_logits(clip(), ids(), batches()[t][0], P, {name: b.mask for name, b in towers(model).items()}, model.config)
         G = dict(zip(P, torch.autograd.grad(F.cross_entropy(logits, batches()[t][1]), [*P.values()])))
         update(model, optimizer, t)
-        steps.append((G, {k: p.detach() for k, p in P.items()}, {name: torch.stack([p.detach() for p in b.prompts]) for name, b in towers(model).items()}))
+        steps.append(
+            (
+                G,
+                {k: p.detach() for k, p in P.items()},
+                {name: torch.stack([p.detach() for p in b.prompts]) for name, b in towers(model).items()},
+            )
+        )
     return steps
 
 
 @pytest.mark.parametrize("score, reduction, fair", SCORES)
 def test_scores_of_a_window_are_the_sum_by_brute_force(score, reduction, fair):     # 14
     for time, storage in (("pre_step", "compact"), ("post_step", "masked")):
-        model = adapt(target=10, period=10, warmup_epochs=0, score=score, reduction=reduction, width_fair=fair, score_time=time, storage=storage)
+        model = adapt(
+            target=10, period=10, warmup_epochs=0, score=score, reduction=reduction, width_fair=fair, score_time=time, storage=storage
+        )
         train(model, stop=3)
         assert int(model.tuner.pruning.n_acc) == 3 and int(model.tuner.pruning.step) == 3
         for name, branch in towers(model).items():
-            slow = [[sum(reference_score(G[name][l, s], (before if time == "pre_step" else after)[name][l, s], score, reduction, fair) for G, before, after in three_updates())
-                     for s in range(4)] for l in range(3)]
+            slow = [
+                [
+                    sum(
+                        reference_score(G[name][l, s], (before if time == "pre_step" else after)[name][l, s], score, reduction, fair)
+                        for G, before, after in three_updates()
+                    )
+                    for s in range(4)
+                ]
+                for l in range(3)
+            ]
             assert close(branch.score, torch.tensor(slow), 1e-4)
 
 
@@ -260,7 +281,9 @@ def test_abs_sum_is_the_gradient_of_a_mask():     # 18
     x, y = batches()[0]
     model = adapt(target=10, score="snip", reduction="abs_sum", warmup_epochs=0, period=10)
     P, m = full(model), {name: torch.ones(3, 4, 1, requires_grad=True) for name in BRANCHES}
-    logits = reference_logits(clip(), ids(), x, {k: p * m[k] for k, p in P.items()}, {k: torch.ones(3, 4, dtype=torch.bool) for k in P}, model.config)
+    logits = reference_logits(
+        clip(), ids(), x, {k: p * m[k] for k, p in P.items()}, {k: torch.ones(3, 4, dtype=torch.bool) for k in P}, model.config
+    )
     gradients = dict(zip(m, torch.autograd.grad(F.cross_entropy(logits, y), [*m.values()])))
     train(model, stop=1)
     for name, branch in towers(model).items(): assert close(branch.score, gradients[name][..., 0].abs(), 1e-4)
@@ -268,10 +291,21 @@ def test_abs_sum_is_the_gradient_of_a_mask():     # 18
 
 # the run
 
-def events(model): return {u: [r for r in model.tuner.pruning.removed() if r[0] == u] for u in sorted({r[0] for r in model.tuner.pruning.removed()})}
+def events(model):
+    return {u: [r for r in model.tuner.pruning.removed() if r[0] == u] for u in sorted({r[0] for r in model.tuner.pruning.removed()})}
 
 
-@pytest.mark.parametrize("config", [dict(), dict(score="grad_norm"), dict(score="l2_norm", reduction="rms"), dict(target=9), dict(mask_semantics="zero"), dict(placement="pre_ln", target=5)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(),
+        dict(score="grad_norm"),
+        dict(score="l2_norm", reduction="rms"),
+        dict(target=9),
+        dict(mask_semantics="zero"),
+        dict(placement="pre_ln", target=5),
+    ],
+)
 @pytest.mark.parametrize("storage", ["compact", "masked"])
 def test_a_run_is_the_slow_form_s(config, storage):     # 13, 15, 16
     settings = {**SHORT, "init_std": 0.1, **config}
@@ -292,7 +326,10 @@ MEMORY = {}
 
 def slow_run(settings, prompts):
     "Both storages are compared with one slow run."
-    if settings not in MEMORY: MEMORY[settings] = reference_run(clip(), ids(), batches()[:STOP], dict(prompts), AdaptConfig(num_tokens=4, **dict(settings)), EPOCHS, UPDATES, lr=0.01)
+    if settings not in MEMORY:
+        MEMORY[settings] = reference_run(
+            clip(), ids(), batches()[:STOP], dict(prompts), AdaptConfig(num_tokens=4, **dict(settings)), EPOCHS, UPDATES, lr=0.01
+        )
     return MEMORY[settings]
 
 
@@ -325,8 +362,12 @@ def test_events_come_when_they_are_due(config, moments, sizes, scored):     # 13
     if config.get("per_branch"): assert [sum(r[1] == "image" for r in rows) for rows in found.values()][0] == 4
     diagnostics = model.diagnostics(batches()[0][0])
     assert [[row.count("1") for row in diagnostics["masks"][name]] for name in BRANCHES] == [history[-1][name] for name in BRANCHES]
-    assert diagnostics["schedule"] == {"window": make_schedule(model.config, [12, 12], EPOCHS, UPDATES).window, "events": num_events([12, 12], model.config.target, model.config),
-                                       "target": model.config.target, "warmup_updates": 4}
+    assert diagnostics["schedule"] == {
+        "window": make_schedule(model.config, [12, 12], EPOCHS, UPDATES).window,
+        "events": num_events([12, 12], model.config.target, model.config),
+        "target": model.config.target,
+        "warmup_updates": 4,
+    }
 
 
 def test_the_smallest_scores_of_both_branches_go():     # 15
@@ -352,7 +393,10 @@ def test_the_smallest_scores_of_both_branches_go():     # 15
 def test_ties_go_in_a_fixed_order_or_are_drawn():     # 15, A13
     fixed = train(adapt(**SHORT, score="l2_norm", init_std=0.0), lr=0.0).tuner.pruning.removed()
     assert [r[1:] for r in fixed] == [["image", l, t] for l in range(3) for t in range(4)] + [["text", 0, 0], ["text", 0, 1]]
-    drawn = [train(adapt(seed, **SHORT, score="l2_norm", init_std=0.0, ties="random"), stop=10, lr=0.0).tuner.pruning.removed() for seed in (0, 0, 1)]
+    drawn = [
+        train(adapt(seed, **SHORT, score="l2_norm", init_std=0.0, ties="random"), stop=10, lr=0.0).tuner.pruning.removed()
+        for seed in (0, 0, 1)
+    ]
     assert drawn[0] == drawn[1] != drawn[2] and drawn[0] != fixed
 
 
@@ -374,7 +418,11 @@ def test_a_new_run_starts_with_no_scores():     # 16
 def test_a_target_of_all_tokens_prunes_nothing():     # 21
     for target in (24, None):
         model = train(adapt(**{**SHORT, "target": target}), stop=8)
-        assert model.tuner.pruning.count == 24 and model.tuner.pruning.history() == [{"update": 0, "image": [4] * 3, "text": [4] * 3}] and model.tuner.pruning.removed() == []
+        assert (
+            model.tuner.pruning.count == 24
+            and model.tuner.pruning.history() == [{"update": 0, "image": [4] * 3, "text": [4] * 3}]
+            and model.tuner.pruning.removed() == []
+        )
         assert all(not b.score.any() for b in towers(model).values()) and model.diagnostics(batches()[0][0])["schedule"]["target"] == 24
 
 
@@ -409,7 +457,11 @@ def test_the_optimizer_goes_on_with_the_rows_that_stay():     # 19
 def same(a, b):
     for name, branch in towers(a).items():
         other = towers(b)[name]
-        assert torch.equal(branch.mask, other.mask) and torch.equal(branch.survivors(), other.survivors()) and torch.equal(branch.removed_at, other.removed_at)
+        assert (
+            torch.equal(branch.mask, other.mask)
+            and torch.equal(branch.survivors(), other.survivors())
+            and torch.equal(branch.removed_at, other.removed_at)
+        )
     assert a.tuner.pruning.history() == b.tuner.pruning.history()
 
 
@@ -439,10 +491,23 @@ def test_a_saved_model_is_the_same(config, tmp_path):
 
 # schedules
 
-def schedule(classes, target, epochs=100, total=(192, 192), **config): return make_schedule(PruningConfig(target=target, **config), total, epochs, 4 * classes)
+def schedule(classes, target, epochs=100, total=(192, 192), **config):
+    return make_schedule(PruningConfig(target=target, **config), total, epochs, 4 * classes)
 
 
-@pytest.mark.parametrize("classes, at_128, at_32", [(37, 39.6, 52.6), (47, 32.2, 42.4), (100, 17.8, 22.6), (101, 17.7, 22.4), (102, 17.5, 22.3), (196, 11.5, 14.0), (397, 8.2, 9.4), (1000, 6.3, 6.8)])
+@pytest.mark.parametrize(
+    "classes, at_128, at_32",
+    [
+        (37, 39.6, 52.6),
+        (47, 32.2, 42.4),
+        (100, 17.8, 22.6),
+        (101, 17.7, 22.4),
+        (102, 17.5, 22.3),
+        (196, 11.5, 14.0),
+        (397, 8.2, 9.4),
+        (1000, 6.3, 6.8),
+    ],
+)
 def test_the_target_is_reached_when_the_specification_says(classes, at_128, at_32):     # 1.7's table, 22
     for target, epoch in ((128, at_128), (32, at_32)):
         found = schedule(classes, target, adapt_period=False)
@@ -453,7 +518,9 @@ def test_the_target_is_reached_when_the_specification_says(classes, at_128, at_3
 def test_number_of_events():
     assert [num_events((192, 192), t, PruningConfig()) for t in (256, 128, 64, 32, 16, 127, 384)] == [32, 64, 80, 88, 92, 65, 0]
     assert num_events((384, 384), 512, PruningConfig()) == 64
-    assert num_events((192, 192), 16, PruningConfig(per_branch=True)) == 46 and num_events((192, 8), 4, PruningConfig(per_branch=True)) == 47
+    assert (
+        num_events((192, 192), 16, PruningConfig(per_branch=True)) == 46 and num_events((192, 8), 4, PruningConfig(per_branch=True)) == 47
+    )
 
 
 def test_the_period_is_shortened_where_the_target_would_be_missed():     # 22, A10
@@ -466,14 +533,22 @@ def test_the_period_is_shortened_where_the_target_would_be_missed():     # 22, A
 
 def test_a_target_out_of_reach_stops_before_training():     # E3
     for target, updates, epochs in ((128, "5,320", 133), (32, "7,240", 181)):
-        with pytest.raises(ValueError, match=f"target = {target} cannot be reached from 384 tokens: .*need {updates} updates \\({epochs} epochs\\), the run has 4,000"):
+        with pytest.raises(
+            ValueError,
+            match=f"target = {target} cannot be reached from 384 tokens: .*need {updates} updates \\({epochs} epochs\\), the run has 4,000",
+        ):
             schedule(10, target, adapt_period=False)
         assert schedule(10, target, epochs=epochs, adapt_period=False).end <= epochs * 40
     literal = schedule(10, 64, adapt_period=False, must_reach=False)
-    assert sum(literal.event(t) for t in range(1, 4001)) == 47 and sum(schedule(10, 64, adapt_period=False, must_reach=False, clock="global").event(t) for t in range(1, 4001)) == 48
-    with pytest.raises(ValueError, match="need 84 updates \\(9 epochs\\), the run has 60"): make_schedule(PruningConfig(warmup_epochs=2), (192, 192), 6, 10)
+    assert (
+        sum(literal.event(t) for t in range(1, 4001)) == 47
+        and sum(schedule(10, 64, adapt_period=False, must_reach=False, clock="global").event(t) for t in range(1, 4001)) == 48
+    )
+    with pytest.raises(ValueError, match="need 84 updates \\(9 epochs\\), the run has 60"):
+        make_schedule(PruningConfig(warmup_epochs=2), (192, 192), 6, 10)
     with pytest.raises(ValueError, match="cannot be reached"): adapt(**SHORT).begin(1, 4)
-    for offset, config in ((0, dict(clock="global")), (0, dict(warmup_accumulate=True)), (200, dict())):     # the last event is where `end` says
+    # the last event is where `end` says
+    for offset, config in ((0, dict(clock="global")), (0, dict(warmup_accumulate=True)), (200, dict())):
         found = schedule(10, 64, **config)
         assert [t for t in range(1, 4001) if found.event(t)][found.events - 1] == found.end and (found.end - offset) % found.window == 0
 
@@ -484,11 +559,21 @@ def test_more_tokens_than_there_are_raise():     # 21, E2
     assert adapt(target=24).tuner.pruning.target == 24
 
 
-@pytest.mark.parametrize("config, message", [
-    (dict(target=0), "target = 0 must be at least 1"), (dict(period=0), "period = 0"), (dict(share=1.5), "share = 1.5"), (dict(score="l2_norm", reduction="abs_sum"), "abs_sum"),
-    (dict(counts={"image": [1, 2, 3]}), "counts has"), (dict(counts={"image": [1, 2], "text": [1, 2, 3]}), "must be 3 numbers from 0 to num_tokens = 4"),
-    (dict(counts={"image": [1, 2, 5], "text": [1, 2, 3]}), "must be 3 numbers"), (dict(score="taylor"), "taylor"), (dict(num_tokens=0), "num_tokens = 0"), (dict(warmup_epochs=-1), "warmup_epochs"),
-])
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (dict(target=0), "target = 0 must be at least 1"),
+        (dict(period=0), "period = 0"),
+        (dict(share=1.5), "share = 1.5"),
+        (dict(score="l2_norm", reduction="abs_sum"), "abs_sum"),
+        (dict(counts={"image": [1, 2, 3]}), "counts has"),
+        (dict(counts={"image": [1, 2], "text": [1, 2, 3]}), "must be 3 numbers from 0 to " "num_tokens = 4"),
+        (dict(counts={"image": [1, 2, 5], "text": [1, 2, 3]}), "must be 3 numbers"),
+        (dict(score="taylor"), "taylor"),
+        (dict(num_tokens=0), "num_tokens = 0"),
+        (dict(warmup_epochs=-1), "warmup_epochs"),
+    ],
+)
 def test_bad_settings_stop_at_once(config, message):
     with pytest.raises((ValueError, TypeError), match=message): adapt(**config)
 
@@ -514,7 +599,11 @@ def test_only_prompts_train():     # 23
     before = {name: t.clone() for name, t in clip().model.state_dict().items()}
     model = train(adapt(**SHORT), stop=16)
     assert all(torch.equal(t, before[name]) for name, t in clip().model.state_dict().items())
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == {f"tuner.{b}.prompts.{i}" for b in BRANCHES for i in range(3)} == set(model.trainable())
+    assert (
+        {name for name, p in model.named_parameters() if p.requires_grad}
+        == {f"tuner.{b}.prompts.{i}" for b in BRANCHES for i in range(3)}
+        == set(model.trainable())
+    )
     assert all(p.grad is None for p in clip().model.parameters())
 
 
@@ -522,7 +611,12 @@ def test_only_prompts_train():     # 23
 def full_size():
     "CLIP ViT-B/16 by its shapes."
     with torch.device("meta"):
-        model = OpenCLIP(512, dict(image_size=224, patch_size=16, width=768, layers=12), dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12), quick_gelu=True)
+        model = OpenCLIP(
+            512,
+            dict(image_size=224, patch_size=16, width=768, layers=12),
+            dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12),
+            quick_gelu=True,
+        )
     return CLIP(model, clip().tokenizer)
 
 
@@ -534,21 +628,29 @@ def test_parameters_of_the_full_size():     # 24
         small = tune_clip(full_size(), "adapt", NAMES, counts=counts, target=None, storage=storage)
         assert count_parameters(small)["without_head"] == 65 * 768 + 60 * 512 == sum(small.tuner.surviving_parameters.values())
     pruned = prune(adapt(storage="masked"), random_masks(0))
-    assert sum(pruned.tuner.surviving_parameters.values()) == sum(int(random_masks(0)[name].sum()) * width for name, width in zip(BRANCHES, (64, 48)))
+    assert sum(pruned.tuner.surviving_parameters.values()) == sum(
+        int(random_masks(0)[name].sum()) * width for name, width in zip(BRANCHES, (64, 48))
+    )
     assert count_parameters(prune(adapt(), random_masks(0)))["without_head"] == sum(pruned.tuner.surviving_parameters.values())
 
 
 def test_adaptive_targets_are_candidates_from_small_to_large():     # 35: ties of the validation go to the first
     targets = [c.config["target"] for c in grid("adapt", **GRIDS["adapt_target"])]
     assert targets == sorted(targets) == [4, 8, 16, 32, 64, 128, 256]
-    assert [tune_clip(full_size(), "adapt", NAMES, **c.config).tuner.pruning.target for c in grid("adapt", **GRIDS["adapt_target"])] == targets
+    assert [
+        tune_clip(full_size(), "adapt", NAMES, **c.config).tuner.pruning.target for c in grid("adapt", **GRIDS["adapt_target"])
+    ] == targets
 
 
 # other readings
 
 def test_initialisations():     # A5
     prompts = full(adapt(init_std=0.02, num_tokens=4))
-    assert 0.018 < prompts["image"].std() < 0.022 and 0.018 < prompts["text"].std() < 0.022 and not torch.equal(prompts["image"][..., :48], prompts["text"])
+    assert (
+        0.018 < prompts["image"].std() < 0.022
+        and 0.018 < prompts["text"].std() < 0.022
+        and not torch.equal(prompts["image"][..., :48], prompts["text"])
+    )
     for name, branch in towers(adapt(init="xavier_vpt")).items():
         bound = (6 / (3 * 8 * 8 + branch.dim)) ** 0.5
         assert 0.98 * bound < max(p.abs().max() for p in branch.prompts) <= bound
@@ -568,7 +670,11 @@ def test_counts_of_a_finished_run_train_without_pruning():     # A26
     for storage, semantics in (("compact", "remove"), ("masked", "zero")):
         again = train(adapt(**SHORT, counts={name: counts[name] for name in BRANCHES}, storage=storage, mask_semantics=semantics), stop=8)
         assert {name: b.counts for name, b in towers(again).items()} == {name: counts[name] for name in BRANCHES}
-        assert again.tuner.pruning.count == 10 and len(again.tuner.pruning.history()) == 1 and {r[0] for r in again.tuner.pruning.removed()} == {0}
+        assert (
+            again.tuner.pruning.count == 10
+            and len(again.tuner.pruning.history()) == 1
+            and {r[0] for r in again.tuner.pruning.removed()} == {0}
+        )
         assert [segment.tokens.shape[1] for i in range(3) for segment in again.tuner.image.own(i)] == [n for n in counts["image"] if n]
 
 

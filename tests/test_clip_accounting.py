@@ -5,9 +5,25 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from hierprompt.clip_accounting import (adapt_parameters, clip_image_macs, clip_text_macs, cocoop_parameters, context_parameters, hook_macs, hook_rows, image_tokens,
-                                        implied_splits, maple_parameters, percent, printed_rows, prompt_macs, tower_macs, true_increments, vpt_increment)
-from hierprompt.results import load_published
+from hierprompt.papers.adapt_counts import (
+    adapt_parameters,
+    clip_image_macs,
+    clip_text_macs,
+    cocoop_parameters,
+    context_parameters,
+    hook_macs,
+    hook_rows,
+    image_tokens,
+    implied_splits,
+    maple_parameters,
+    percent,
+    printed_rows,
+    prompt_macs,
+    tower_macs,
+    true_increments,
+    vpt_increment,
+)
+from hierprompt.results.published import load_published
 
 
 def numbers(module): return sum(p.numel() for p in module.parameters())
@@ -21,9 +37,17 @@ def counted(function):
 # parameters
 
 def test_every_printed_count():
-    "Specification 3.1."
+    "Adapt spec 3.1."
     assert printed_rows().set_index("method").parameters.to_dict() == {
-        "ZS CLIP": 0, "CoCoOp": 35_360, "VPT": 73_728, "PLOT": 32_768, "MaPLe": 3_555_072, "ProGrad": 8_192, "KgCoOp": 2_048, "LAMM": 51_200}
+        "ZS CLIP": 0,
+        "CoCoOp": 35_360,
+        "VPT": 73_728,
+        "PLOT": 32_768,
+        "MaPLe": 3_555_072,
+        "ProGrad": 8_192,
+        "KgCoOp": 2_048,
+        "LAMM": 51_200,
+    }
     assert adapt_parameters(192, 192) == 245_760 and maple_parameters(depth=1) == 395_008
     assert percent(124_323_841) == 100
 
@@ -118,4 +142,6 @@ def test_hook_convention():
         conv(torch.empty(1, 3, 32, 32))
         post(run(tower(64, 3), pre(torch.empty(1, 17, 64)))[:, 0])
         final(run(tower(48, 2), torch.empty(1, 16, 48)))
-    assert sum(seen) == hook_macs(image_tokens=17, text_tokens=16, image_width=64, text_width=48, image_depth=3, text_depth=2, stem=16 * 192 * 64)
+    assert sum(seen) == hook_macs(
+        image_tokens=17, text_tokens=16, image_width=64, text_width=48, image_depth=3, text_depth=2, stem=16 * 192 * 64
+    )

@@ -1,21 +1,21 @@
 "VPT on CLIP, MaPLe and PLOT against CLIP written out at full length."
 import copy
 
+import clip_slow as slow
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP as OpenCLIP
 
-import clip_slow as slow
-from hierprompt.accounting import count_macs, count_parameters, count_text_macs
-from hierprompt.clip import CLIP, load_clip
-from hierprompt.clip_accounting import context_parameters, maple_parameters
-from hierprompt.methods.plot import sinkhorn
-from hierprompt.prompted import tune_clip
-from hierprompt.text import fill
-from hierprompt.tokens import FullTokenizer
-from hierprompt.tuned import load_tuned
+from hierprompt.clip.class_prompts import fill
+from hierprompt.clip.model import CLIP, load_clip
+from hierprompt.clip.prompted import tune_clip
+from hierprompt.clip.tokens import FullTokenizer
+from hierprompt.engine.accounting import count_macs, count_parameters, count_text_macs
+from hierprompt.engine.tuned import load_tuned
+from hierprompt.methods.clip.plot import sinkhorn
+from hierprompt.papers.adapt_counts import context_parameters, maple_parameters
 
 NAMES = ["cat", "red_dog", "tree house river", "lake"]
 SETTINGS = {"vpt_clip": dict(num_tokens=3), "maple": dict(depth=2), "plot": dict(num_tokens=4, num_sets=3)}
@@ -100,8 +100,15 @@ def base():
     return CLIP(model, FullTokenizer(), "ViT-B-16-quickgelu")
 
 
-@pytest.mark.parametrize("method, settings, total", [
-    ("vpt_clip", {}, context_parameters(8, 768, 12)), ("maple", {}, maple_parameters()), ("maple", dict(depth=1), maple_parameters(1)), ("plot", {}, context_parameters(sets=4))])
+@pytest.mark.parametrize(
+    "method, settings, total",
+    [
+        ("vpt_clip", {}, context_parameters(8, 768, 12)),
+        ("maple", {}, maple_parameters()),
+        ("maple", dict(depth=1), maple_parameters(1)),
+        ("plot", {}, context_parameters(sets=4)),
+    ],
+)
 def test_parameters_of_the_real_sizes(base, method, settings, total):
     "Invariant 24."
     assert total == {("vpt_clip", 0): 73_728, ("maple", 0): 3_555_072, ("maple", 1): 395_008, ("plot", 0): 32_768}[method, len(settings)]
@@ -176,7 +183,10 @@ def test_maple_starts_from_the_template(clip, batch):
     torch.testing.assert_close(model.class_vectors(), zero.class_vectors(), rtol=0, atol=1e-6)
     torch.testing.assert_close(model.head(zero.features(batch[0])), zero(batch[0]), rtol=1e-5, atol=1e-5)
     deeper = tune_clip(clip, "maple", NAMES, depth=3).tuner.text
-    assert torch.equal(deeper.prompts[0], clip.model.token_embedding(clip.tokenizer("a photo")[0, 1:3])) and 0.01 < deeper.prompts[1:].std() < 0.03
+    assert (
+        torch.equal(deeper.prompts[0], clip.model.token_embedding(clip.tokenizer("a photo")[0, 1:3]))
+        and 0.01 < deeper.prompts[1:].std() < 0.03
+    )
 
 
 def test_maple_couples_without_a_second_registration(clip):

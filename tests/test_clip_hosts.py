@@ -2,25 +2,24 @@
 import copy
 from types import SimpleNamespace
 
+import clip_slow as slow
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP as OpenCLIP
-from open_clip.model import CustomTextCLIP
+from open_clip.model import CLIP as OpenCLIP, CustomTextCLIP
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
-import clip_slow as slow
-from hierprompt.backbones import load_backbone
-from hierprompt.clip import CLIP, OpenCLIPText, check_activation, image_host, load_clip
+from hierprompt.backbones.pretrained import load_backbone
+from hierprompt.clip.class_prompts import ClassPrompts, TextTuner, fill, text_features
+from hierprompt.clip.embedded_architecture import EmbeddedCLIP, TappedViT
+from hierprompt.clip.model import CLIP, OpenCLIPText, check_activation, image_host, load_clip
+from hierprompt.clip.prompted import CLIPTuner, PromptedCLIP, tune_clip
 from hierprompt.core import rng
-from hierprompt.engine import Context, Engine, Segment, Tuner
-from hierprompt.prompted import CLIPTuner, tune_clip
-from hierprompt.text import ClassPrompts, TextTuner, fill, text_features
-from hierprompt.towers import EmbeddedCLIP, TappedViT
+from hierprompt.engine.block_loop import Context, Engine, Segment, Tuner
 
 NAMES = ["cat", "red_dog", "tree house river", "lake"]
 VISION = dict(image_size=32, patch_size=8, width=64, head_width=16, layers=3)
@@ -59,10 +58,17 @@ def wrapped(model): return CLIP(model, SimpleNamespace(context_length=16), "made
 # both towers are open_clip's own (invariant 1)
 
 NATIVE = {
-    "class token": ({}, {}, {}), "average": (dict(pool_type="avg"), {}, {}), "class token, norm behind": (dict(final_ln_after_pool=True), {}, {}),
-    "average, norm behind": (dict(pool_type="avg", final_ln_after_pool=True), {}, {}), "no norm in front": (dict(no_ln_pre=True), {}, {}),
-    "layer scale": (dict(ls_init_value=0.3), dict(ls_init_value=0.2), {}), "linear text projection": ({}, dict(proj_bias=True), {}), "no text projection": ({}, dict(proj_type="none"), {}),
-    "end by its id": ({}, dict(pool_type="eos", eos_id=END), {}), "exact GELU": ({}, {}, dict(quick_gelu=False)), "bias of the logits": ({}, {}, dict(init_logit_bias=-3.0)),
+    "class token": ({}, {}, {}),
+    "average": (dict(pool_type="avg"), {}, {}),
+    "class token, norm behind": (dict(final_ln_after_pool=True), {}, {}),
+    "average, norm behind": (dict(pool_type="avg", final_ln_after_pool=True), {}, {}),
+    "no norm in front": (dict(no_ln_pre=True), {}, {}),
+    "layer scale": (dict(ls_init_value=0.3), dict(ls_init_value=0.2), {}),
+    "linear text projection": ({}, dict(proj_bias=True), {}),
+    "no text projection": ({}, dict(proj_type="none"), {}),
+    "end by its id": ({}, dict(pool_type="eos", eos_id=END), {}),
+    "exact GELU": ({}, {}, dict(quick_gelu=False)),
+    "bias of the logits": ({}, {}, dict(init_logit_bias=-3.0)),
 }
 
 
@@ -75,8 +81,18 @@ def test_native_towers(kind, name):
     same_as_open_clip(stirred(kind(embed, VISION | vision, TEXT | text, **{"quick_gelu": True, **more})), torch.randn(3, 3, 32, 32))
 
 
-@pytest.mark.parametrize("trunk, pool, proj, embed", [
-    ("test_vit", "token", "linear", 32), ("test_vit", "avg", "mlp", 32), ("test_vit", "token", "none", 64), ("test_vit", "token", "", 24), ("test_vit3", "avg", "linear", 32), ("test_vit2", "avg", "linear", 32), ("test_vit3", "map", "linear", 32)])
+@pytest.mark.parametrize(
+    "trunk, pool, proj, embed",
+    [
+        ("test_vit", "token", "linear", 32),
+        ("test_vit", "avg", "mlp", 32),
+        ("test_vit", "token", "none", 64),
+        ("test_vit", "token", "", 24),
+        ("test_vit3", "avg", "linear", 32),
+        ("test_vit2", "avg", "linear", 32),
+        ("test_vit3", "map", "linear", 32),
+    ],
+)
 def test_timm_trunk(trunk, pool, proj, embed):
     torch.manual_seed(0)
     visual = TimmModel(trunk, embed, 160, pool=pool, proj=proj)
@@ -88,7 +104,8 @@ def test_timm_trunk(trunk, pool, proj, embed):
 def same_as_open_clip(model, images):
     "Features and logits of every form of prompts, on a model whose own weights it does not change."
     ids = random_ids(4, shared=3)
-    with torch.no_grad(): image, text, logits = F.normalize(model.encode_image(images)), F.normalize(model.encode_text(ids)), model.get_logits(images, ids)[0]
+    with torch.no_grad():
+        image, text, logits = F.normalize(model.encode_image(images)), F.normalize(model.encode_text(ids)), model.get_logits(images, ids)[0]
     before = copy.deepcopy(model.state_dict())
     clip = wrapped(model)
     torch.testing.assert_close(clip.encode_image(images), image, rtol=1e-5, atol=1e-6)
@@ -116,11 +133,15 @@ def test_every_block_is_open_clips(clip):
     "Invariant 1, block by block: what is shared between classes and what is not, side by side, are the full states."
     found, wanted = {}, {}
     for tower, where in ((clip.model.visual, "image"), (clip.model, "text")):
-        for i, block in enumerate(tower.transformer.resblocks): block.register_forward_hook(lambda m, x, y, key=(where, i): wanted.__setitem__(key, y))
+        for i, block in enumerate(tower.transformer.resblocks):
+            block.register_forward_hook(lambda m, x, y, key=(where, i): wanted.__setitem__(key, y))
     images, ids = torch.randn(2, 3, 32, 32), clip.tokenizer(fill("a photo of a {}.", NAMES))
     with torch.no_grad():
         clip.model.encode_image(images), clip.model.encode_text(ids)
-        for where, engine, inputs in (("image", Engine(clip.image, Watching(clip.image)), images), ("text", Engine(clip.text, WatchingText(clip.text)), ClassPrompts(ids))):
+        for where, engine, inputs in (
+            ("image", Engine(clip.image, Watching(clip.image)), images),
+            ("text", Engine(clip.text, WatchingText(clip.text)), ClassPrompts(ids)),
+        ):
             ctx = Context(all_tokens=where == "image")
             engine.eval().tokens(inputs, ctx)
             found.update({(where, i): z for i, z in ctx.reads.items()})
@@ -129,7 +150,9 @@ def test_every_block_is_open_clips(clip):
     assert found.keys() == wanted.keys() and len(found) == 6
     for key, z in found.items():
         if key == ("text", 2): z, wanted[key] = z[:, 0], wanted[key][range(4), ids.argmax(1)]   # of the last block the end tokens alone
-        torch.testing.assert_close(z, wanted[key][:, :z.shape[1]] if z.ndim == 3 else wanted[key], rtol=1e-5, atol=1e-5, msg=lambda text: f"{key}: {text}")
+        torch.testing.assert_close(
+            z, wanted[key][:, : z.shape[1]] if z.ndim == 3 else wanted[key], rtol=1e-5, atol=1e-5, msg=lambda text: f"{key}: {text}"
+        )
 
 
 # one embedded: several blocks pooled
@@ -147,7 +170,9 @@ def test_tapped_tower(tapped):
     with torch.no_grad():
         torch.testing.assert_close(clip.encode_image(images), F.normalize(tapped.visual(images)), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(clip.encode_text(ids), F.normalize(tapped.encode_text(ids)), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(clip.similarity(clip.encode_image(images), clip.encode_text(ids)), tapped(images, ids), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            clip.similarity(clip.encode_image(images), clip.encode_text(ids)), tapped(images, ids), rtol=1e-5, atol=1e-5
+        )
     assert clip.image.depth == 3 and clip.embed_dim == 24
 
 
@@ -171,7 +196,12 @@ def test_local_features(clip, tapped):
     torch.manual_seed(0)
     averaging = stirred(OpenCLIP(32, VISION | dict(pool_type="avg"), TEXT))
     trunk = stirred(TimmModel("test_vit2", 24, 160, pool="avg", proj="linear"))    # its last norm stands behind the pooling
-    for visual, size, linear in ((tapped.visual, 32, True), (averaging.visual, 32, True), (clip.model.visual, 32, False), (trunk, 160, False)):
+    for visual, size, linear in (
+        (tapped.visual, 32, True),
+        (averaging.visual, 32, True),
+        (clip.model.visual, 32, False),
+        (trunk, 160, False),
+    ):
         host, ctx = image_host(visual.eval()), Context(all_tokens=True)
         with torch.no_grad():
             images = torch.randn(2, 3, size, size)
@@ -192,7 +222,10 @@ def test_local_features(clip, tapped):
 
 # cut and shared (invariants 2, 8, 12)
 
-@pytest.mark.parametrize("rows, shared, longest, shortest", [(2, 1, 14, None), (2, 6, 9, None), (5, 3, 15, None), (7, 4, 5, 5), (1, 3, 12, None), (3, 9, 10, None)])
+@pytest.mark.parametrize(
+    "rows, shared, longest, shortest",
+    [(2, 1, 14, None), (2, 6, 9, None), (5, 3, 15, None), (7, 4, 5, 5), (1, 3, 12, None), (3, 9, 10, None)],
+)
 def test_truncation_and_sharing_are_exact(rows, shared, longest, shortest):
     "Invariant 2. (7, 4, 5, 5): names of one token, all sentences of one length."
     torch.manual_seed(0)
@@ -286,7 +319,9 @@ def test_causality():
         with torch.no_grad(): other.prompts[i, 3] += 1
         assert ((states(ids, other) - a).abs().amax(-1) > 1e-5).all()
     junk = torch.where(torch.arange(16) > ids.argmax(1, keepdim=True), 5, ids)
-    torch.testing.assert_close(text_features(Engine(host, tuner).eval(), ClassPrompts(junk)), text_features(Engine(host, tuner).eval(), ClassPrompts(ids)))
+    torch.testing.assert_close(
+        text_features(Engine(host, tuner).eval(), ClassPrompts(junk)), text_features(Engine(host, tuner).eval(), ClassPrompts(ids))
+    )
 
 
 # what a model remembers
@@ -299,10 +334,8 @@ class Late(CLIPTuner):
 
 
 @pytest.fixture
-def late(clip, monkeypatch):
-    monkeypatch.setattr("hierprompt.prompted.tuner_class", lambda method: Late)
-    monkeypatch.setattr("hierprompt.prompted.method_config", lambda method, preset, **config: None)
-    return tune_clip(clip, "zero_shot", NAMES)
+def late(clip):
+    return PromptedCLIP(clip, "late", Late, None, NAMES)
 
 
 def counting(monkeypatch, model):
@@ -387,7 +420,14 @@ def test_zero_shot_is_open_clip(clip):
 
 # what is refused
 
-@pytest.mark.parametrize("name, tag, right", [("ViT-B-16", "openai", "ViT-B-16-quickgelu"), ("ViT-B-16-quickgelu", "laion2b_s34b_b88k", "ViT-B-16"), ("ViT-L-14", "dfn2b", "ViT-L-14-quickgelu")])
+@pytest.mark.parametrize(
+    "name, tag, right",
+    [
+        ("ViT-B-16", "openai", "ViT-B-16-quickgelu"),
+        ("ViT-B-16-quickgelu", "laion2b_s34b_b88k", "ViT-B-16"),
+        ("ViT-L-14", "dfn2b", "ViT-L-14-quickgelu"),
+    ],
+)
 def test_wrong_activation(name, tag, right, monkeypatch):
     monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: pytest.fail("nothing may be built or downloaded"))
     with pytest.raises(ValueError, match=f"load '{right}'"): load_clip(name, tag)
@@ -396,28 +436,34 @@ def test_wrong_activation(name, tag, right, monkeypatch):
 
 def test_unknown_names_tags_and_sizes(tmp_path):
     with pytest.raises(KeyError, match="unknown CLIP model 'ViT-B-61'.*Did you mean 'ViT-B-16'"): load_clip("ViT-B-61", "openai")
-    with pytest.raises(KeyError, match="unknown weights of ViT-B-16-quickgelu 'openapi'. Did you mean 'openai'"): load_clip("ViT-B-16-quickgelu", "openapi")
+    with pytest.raises(KeyError, match="unknown weights of ViT-B-16-quickgelu 'openapi'. Did you mean 'openai'"):
+        load_clip("ViT-B-16-quickgelu", "openapi")
     with pytest.raises(ValueError, match="needs the tag of its weights"): load_clip("ViT-B-16-quickgelu")
-    with pytest.raises(FileNotFoundError, match="nowhere.pt does not exist"): load_clip("ViT-B-16-quickgelu", "openai", tmp_path/"nowhere.pt")
+    with pytest.raises(FileNotFoundError, match="nowhere.pt does not exist"):
+        load_clip("ViT-B-16-quickgelu", "openai", tmp_path / "nowhere.pt")
     with pytest.raises(ValueError, match="image_size = 64: 'tiny_clip' sees images of 32 px"): load_clip("tiny_clip", image_size=64)
-    with pytest.raises(ValueError, match="'ViT-H-14-worldwide-quickgelu' reads texts with a tokenizer of its own"): load_clip("ViT-H-14-worldwide-quickgelu", "metaclip2_worldwide")
+    with pytest.raises(ValueError, match="'ViT-H-14-worldwide-quickgelu' reads texts with a tokenizer of its own"):
+        load_clip("ViT-H-14-worldwide-quickgelu", "metaclip2_worldwide")
 
 
 def test_towers_that_cannot_be_hosts():
     def made(vision=(), text=(), kind=OpenCLIP): return kind(32, VISION | dict(vision), TEXT | dict(text))
     with pytest.raises(TypeError, match="attention pooling"): wrapped(made(dict(attentional_pool=True)))
-    with pytest.raises(TypeError, match="block 0 is a CustomResidualAttentionBlock"): wrapped(made(text=dict(scale_attn=True), kind=CustomTextCLIP))
+    with pytest.raises(TypeError, match="block 0 is a CustomResidualAttentionBlock"):
+        wrapped(made(text=dict(scale_attn=True), kind=CustomTextCLIP))
     with pytest.raises(TypeError, match="pools 'last'"): wrapped(made(text=dict(pool_type="last"), kind=CustomTextCLIP))
     with pytest.raises(TypeError, match="no causal mask"): wrapped(made(text=dict(no_causal_mask=True), kind=CustomTextCLIP))
     with pytest.raises(TypeError, match="end token 2"): wrapped(made(text=dict(pool_type="eos"), kind=CustomTextCLIP))
-    with pytest.raises(TypeError, match="type ModifiedResNet cannot be a host; known: VisionTransformer"): wrapped(made(dict(layers=(1, 1, 1, 1))))
+    with pytest.raises(TypeError, match="type ModifiedResNet cannot be a host; known: VisionTransformer"):
+        wrapped(made(dict(layers=(1, 1, 1, 1))))
     with pytest.raises(TypeError, match="type Linear cannot be a host"): OpenCLIPText(nn.Linear(1, 1))
 
 
 def test_bad_images_and_names(clip):
     model = tune_clip(clip, "zero_shot", NAMES)
     with pytest.raises(ValueError, match=r"images are \(40, 40\) pixels, this tower wants \(32, 32\)"): model(torch.randn(1, 3, 40, 40))
-    with pytest.raises(ValueError, match="the context holds 16: shorten the class name"): tune_clip(clip, "zero_shot", ["cat", "tree " * 12])
+    with pytest.raises(ValueError, match="the context holds 16: shorten the class name"):
+        tune_clip(clip, "zero_shot", ["cat", "tree " * 12])
     with pytest.raises(ValueError, match="the word 'zebra' of 'a photo of a zebra.'"): tune_clip(clip, "zero_shot", ["cat", "zebra"])
     for names in (["cat"], ["cat", "dog", "cat"], []):
         with pytest.raises(ValueError, match="at least two names, none twice"): tune_clip(clip, "zero_shot", names)

@@ -9,12 +9,14 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from hierprompt.core import to_dict
-from hierprompt.data.clip_tasks import CLIP_TASKS, EMOJI, OBJECTS, UNCLEAR, drawn_objects
-from hierprompt.data.embedded import load_embedded
+from hierprompt.data.benchmarks import list_tasks, load_task
+from hierprompt.data.embedded.clip_tasks import CLIP_TASKS, EMOJI, OBJECTS, UNCLEAR, drawn_objects
+from hierprompt.data.embedded.packs import read_pack
+from hierprompt.data.embedded.tasks import load_embedded
 from hierprompt.data.fewshot import draw_both, few_shot, manifest
-from hierprompt.data.packs import read_pack
-from hierprompt.data.preprocess import NORMALIZE, PREPROCESS, get_preprocess, to_square
-from hierprompt.data.tasks import PARTS, Task, list_tasks, load_task
+from hierprompt.data.preprocess import PREPROCESS, get_preprocess, to_square
+from hierprompt.engine.hosts import NORMALIZE
+from hierprompt.data.tasks import PARTS, Task
 
 CLASSES = {"clip_emoji": 60, "clip_fashion": 10, "clip_climate": 5, "clip_cards": 54, "clip_flags": 50}
 SMALL = ["clip_emoji", "clip_fashion", "clip_climate"]   # the others render scenes: a second or more each
@@ -105,9 +107,9 @@ def test_the_test_set_is_the_embedded_tasks(name, tasks):
 
 def test_scenes_are_the_embedded_tasks(packs):
     "Only chosen scenes are rendered; they are the same pictures as in the whole task."
-    from hierprompt.data.clip_tasks import chosen
-    from hierprompt.data.embedded import SCENE_SIZE, pack_images
-    from hierprompt.data.scenes import render_scene
+    from hierprompt.data.embedded.clip_tasks import chosen
+    from hierprompt.data.embedded.scenes import render_scene
+    from hierprompt.data.embedded.tasks import SCENE_SIZE, pack_images
     textures = read_pack("textures").images
     for name in ("clip_cards", "clip_flags"):
         pack, rows = packs[name], np.array([3, 850, 1500])
@@ -132,15 +134,19 @@ def test_source_and_file(tasks, tmp_path):
 
 
 def test_options_that_do_not_fit():
-    with pytest.raises(ValueError, match="clip_fashion is embedded and takes no root or options but \\('shots', 'seeds'\\): root=None, {'strict': True}"):
+    with pytest.raises(
+        ValueError, match="clip_fashion is embedded and takes no root or options but \\('shots', 'seeds'\\): root=None, {'strict': True}"
+    ):
         load_task("clip_fashion", strict=True)
     with pytest.raises(ValueError, match="takes no root or options: root=None, {'shots': 4}"): load_task("fashion_mnist", shots=4)
     with pytest.raises(ValueError, match="shots=0"): load_task("clip_fashion", shots=0)
 
 
 def test_the_default_preprocessing_of_a_benchmark():
-    assert get_preprocess("paper", "coop") == get_preprocess("clip") and get_preprocess("paper", "embedded_clip") == get_preprocess("backbone")
-    assert NORMALIZE["clip"] == ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))   # specification 4.4
+    assert get_preprocess("paper", "coop") == get_preprocess("clip") and get_preprocess("paper", "embedded_clip") == get_preprocess(
+        "backbone"
+    )
+    assert NORMALIZE["clip"] == ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))   # Adapt spec 4.4
 
 
 @pytest.mark.parametrize("frame", [(500, 333), (333, 500), (100, 100), (90, 300)])

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hierprompt.compare import EXACT, compare, judge, main
-from hierprompt.results import example_metrics
+from hierprompt.pipeline.command_line import main
+from hierprompt.results.compare import EXACT, compare, judge
+from hierprompt.results.metrics import example_metrics
 
 OLD = example_metrics(acc=[70.0, 71.0])
 CELLS = ("bias", "linear", "lora")
@@ -26,7 +27,9 @@ def repository(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("shift, reproduced, bitwise", [(0.0, True, True), (1e-9, True, False), (2.0, True, False), (2.2, False, False), (-2.2, False, False)])
+@pytest.mark.parametrize(
+    "shift, reproduced, bitwise", [(0.0, True, True), (1e-9, True, False), (2.0, True, False), (2.2, False, False), (-2.2, False, False)]
+)
 def test_tolerance(shift, reproduced, bitwise):
     verdict = judge(example_metrics(acc=[70.0 + shift, 71.0]), OLD)
     assert (verdict["verdict"] == "reproduced", verdict["bitwise"]) == (reproduced, bitwise)
@@ -36,8 +39,22 @@ def test_the_best_test_accuracy_is_judged_too():
     assert "accuracy differs" in judge(example_metrics(acc=[70.0, 71.0], gap=5.0), OLD)["verdict"]
 
 
-@pytest.mark.parametrize("name, value", dict(method="bias", config={"r": 1}, recipe={"epochs": 1}, preprocess={"x": 1}, protocol="other", seeds=[0, 5],
-    num_test_evaluations=11, parameters=OLD.parameters | {"head": 1, "with_head": 1}, macs=1, backbone={"name": "x", "sha256": "y"}, config_hash="1" * 16).items())
+@pytest.mark.parametrize(
+    "name, value",
+    dict(
+        method="bias",
+        config={"r": 1},
+        recipe={"epochs": 1},
+        preprocess={"x": 1},
+        protocol="other",
+        seeds=[0, 5],
+        num_test_evaluations=11,
+        parameters=OLD.parameters | {"head": 1, "with_head": 1},
+        macs=1,
+        backbone={"name": "x", "sha256": "y"},
+        config_hash="1" * 16,
+    ).items(),
+)
 def test_settings_and_counts_must_be_equal(name, value):
     assert name in EXACT and judge(replace(OLD, **{name: value}), OLD)["verdict"] == f"other {name}"
 
@@ -54,7 +71,7 @@ def test_diagnostics_are_sums_of_floating_point_numbers_and_do_not_count():
 def test_everything_reproduced(repository, capsys):
     result = compare(repository / "results", "HEAD", "example")
     assert result.ok and result.reproduced == 3 and result.cells.bitwise.all()
-    assert main(["--profile", "example", "--results", str(repository / "results")]) == 0
+    assert main(["compare", "--profile", "example", "--results", str(repository / "results")]) == 0
     assert capsys.readouterr().out.startswith("3 of 3 cells of example reproduced (tolerance 2 points")
 
 
@@ -65,7 +82,11 @@ def test_what_is_missing_failed_or_new_is_said(repository):
     result = compare(repository / "results", "HEAD", "example")
     assert result.cells.verdict.to_dict() == {"bias-cards": "missing", "linear-cards": "reproduced", "lora-cards": "failed"}
     assert (result.ok, result.added) == (False, ["full-cards"])
-    assert "1 of 3 cells" in result.summary() and "- bias-cards: missing" in result.summary() and "- full-cards: new" in result._repr_markdown_()
+    assert (
+        "1 of 3 cells" in result.summary()
+        and "- bias-cards: missing" in result.summary()
+        and "- full-cards: new" in result._repr_markdown_()
+    )
 
 
 def test_a_corrupt_rebuild_stops_the_comparison(repository):
@@ -88,6 +109,8 @@ def test_nothing_to_compare_with(repository):
 @pytest.mark.parametrize("gone, status", [((), 0), (("bias-cards",), 1)])
 def test_command_line_exit_status(repository, gone, status):
     for cell in gone: (repository / f"results/example/runs/{cell}/metrics.json").unlink()
-    done = subprocess.run([sys.executable, "-m", "hierprompt.compare", "--profile", "example"], cwd=repository, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "hierprompt.results.compare", "--profile", "example"], cwd=repository, capture_output=True, text=True
+    )
     assert done.returncode == status, done.stderr
     assert f"{3 - len(gone)} of 3 cells of example reproduced" in done.stdout

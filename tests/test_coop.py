@@ -6,14 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from fixture_trees import class_picture
 from PIL import Image
 from scipy.io import savemat
 
-from fixture_trees import class_picture
+from hierprompt.data.benchmarks import list_tasks, load_task
 from hierprompt.data.coop import COOP, split_in_three, split_off_val, verify
 from hierprompt.data.fewshot import few_shot, manifest
 from hierprompt.data.preprocess import PREPROCESS, to_square
-from hierprompt.data.tasks import list_tasks, load_task
 
 KEYS = [task.key for task in COOP.values()]
 NAMES = {  # key -> names as the set itself writes them, in label order, and as prompts want them
@@ -100,7 +100,10 @@ def own_flowers(folder, lists, names):
 def own_cars(folder, lists, names):
     (folder / "devkit").mkdir()
     savemat(folder / "devkit/cars_meta.mat", {"class_names": np.array(names, object)})
-    for file, items in {"devkit/cars_train_annos.mat": lists["train"] + lists["val"], "cars_test_annos_withlabels.mat": lists["test"]}.items():
+    for file, items in {
+        "devkit/cars_train_annos.mat": lists["train"] + lists["val"],
+        "cars_test_annos_withlabels.mat": lists["test"],
+    }.items():
         rows = np.array([(p.split("/")[1], k + 1) for p, k in items], [("fname", object), ("class", np.uint8)])
         savemat(folder / file, {"annotations": rows})
 
@@ -140,18 +143,46 @@ def notes(report): return "\n".join(f.text for f in report.findings if f.note)
 
 
 def test_the_eleven_are_the_specification():
-    table = {"caltech101": (100, 4128, 1649, 2465), "dtd": (47, 2820, 1128, 1692), "eurosat": (10, 13500, 5400, 8100), "fgvc_aircraft": (100, 3334, 3333, 3333),
-             "food101": (101, 50500, 20200, 30300), "oxford_flowers": (102, 4093, 1633, 2463), "oxford_pets": (37, 2944, 736, 3669),
-             "stanford_cars": (196, 6509, 1635, 8041), "sun397": (397, 15880, 3970, 19850), "ucf101": (101, 7639, 1898, 3783),
-             "imagenet": (1000, 1281167, 0, 50000)}
+    table = {
+        "caltech101": (100, 4128, 1649, 2465),
+        "dtd": (47, 2820, 1128, 1692),
+        "eurosat": (10, 13500, 5400, 8100),
+        "fgvc_aircraft": (100, 3334, 3333, 3333),
+        "food101": (101, 50500, 20200, 30300),
+        "oxford_flowers": (102, 4093, 1633, 2463),
+        "oxford_pets": (37, 2944, 736, 3669),
+        "stanford_cars": (196, 6509, 1635, 8041),
+        "sun397": (397, 15880, 3970, 19850),
+        "ucf101": (101, 7639, 1898, 3783),
+        "imagenet": (1000, 1281167, 0, 50000),
+    }
     assert {task.key: (task.num_classes, *task.sizes) for task in COOP.values()} == table
     assert list_tasks("coop") == [f"coop_{key}" for key in table]
-    files = {"caltech101": "Caltech101", "dtd": "DescribableTextures", "eurosat": "EuroSAT", "food101": "Food101", "oxford_flowers": "OxfordFlowers",
-             "oxford_pets": "OxfordPets", "stanford_cars": "StanfordCars", "sun397": "SUN397", "ucf101": "UCF101"}
+    files = {
+        "caltech101": "Caltech101",
+        "dtd": "DescribableTextures",
+        "eurosat": "EuroSAT",
+        "food101": "Food101",
+        "oxford_flowers": "OxfordFlowers",
+        "oxford_pets": "OxfordPets",
+        "stanford_cars": "StanfordCars",
+        "sun397": "SUN397",
+        "ucf101": "UCF101",
+    }
     assert {t.key: t.split_file for t in COOP.values() if t.split_file} == {key: f"split_zhou_{name}.json" for key, name in files.items()}
-    places = {"caltech101": "caltech-101/101_ObjectCategories", "dtd": "dtd/images", "eurosat": "eurosat/2750", "fgvc_aircraft": "fgvc_aircraft/images",
-              "food101": "food-101/images", "oxford_flowers": "oxford_flowers/jpg", "oxford_pets": "oxford_pets/images", "stanford_cars": "stanford_cars/.",
-              "sun397": "sun397/SUN397", "ucf101": "ucf101/UCF-101-midframes", "imagenet": "imagenet/images"}
+    places = {
+        "caltech101": "caltech-101/101_ObjectCategories",
+        "dtd": "dtd/images",
+        "eurosat": "eurosat/2750",
+        "fgvc_aircraft": "fgvc_aircraft/images",
+        "food101": "food-101/images",
+        "oxford_flowers": "oxford_flowers/jpg",
+        "oxford_pets": "oxford_pets/images",
+        "stanford_cars": "stanford_cars/.",
+        "sun397": "sun397/SUN397",
+        "ucf101": "ucf101/UCF-101-midframes",
+        "imagenet": "imagenet/images",
+    }
     assert {t.key: f"{t.folders[0]}/{t.images}" for t in COOP.values()} == places
 
 
@@ -272,12 +303,18 @@ def test_missing_folder_of_pictures(key, home, pristine, tmp_path):
 def test_missing_set_and_missing_lists(dtd, pristine, tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder food-101 in"): load_task("coop_food101", dtd, 32)
     shutil.copytree(pristine / "own/oxford_pets/images", tmp_path / "oxford_pets/images")
-    with pytest.raises(ValueError, match="split_zhou_OxfordPets.json or annotations/trainval.txt is missing"): load_task("coop_oxford_pets", tmp_path, 32)
+    with pytest.raises(ValueError, match="split_zhou_OxfordPets.json or annotations/trainval.txt is missing"):
+        load_task("coop_oxford_pets", tmp_path, 32)
 
 
 def test_strict_refuses_other_sizes(dtd):
     with pytest.raises(ValueError) as caught: load_task("coop_dtd", dtd, 32)
-    for text in ("the lists hold 3 classes, not 47", "train lists 30 images, not 2820", "val lists 12 images, not 1128", "test lists 18 images, not 1692"):
+    for text in (
+        "the lists hold 3 classes, not 47",
+        "train lists 30 images, not 2820",
+        "val lists 12 images, not 1128",
+        "test lists 18 images, not 1692",
+    ):
         assert text in str(caught.value)
 
 
@@ -327,7 +364,11 @@ def test_verify_finds_everything_at_once(pristine, tmp_path):
     broken = root / "oxford_pets/images" / paths("oxford_pets")["val"][1][0]
     broken.write_bytes(broken.read_bytes()[:400])
     report = verify(root, strict=False)
-    assert {row["task"]: row["faults"] for row in report.rows if row["faults"]} == {"coop_sun397": 1, "coop_food101": 1, "coop_oxford_pets": 1}
+    assert {row["task"]: row["faults"] for row in report.rows if row["faults"]} == {
+        "coop_sun397": 1,
+        "coop_food101": 1,
+        "coop_oxford_pets": 1,
+    }
     assert [row["folder"] for row in report.rows if row["task"] == "coop_sun397"] == ["missing"] and not report.ok
     for text in ("no folder sun397", "the test list names images", f"cannot decode image {broken}"): assert text in faults(report)
     assert verify(root, ["coop_oxford_pets"], strict=False, content=False).ok
@@ -347,7 +388,9 @@ def test_lists_that_cannot_be_read(pristine, tmp_path):
     root = shutil.copytree(pristine / "own", tmp_path / "own")
     lists = root / "fgvc_aircraft/images_variant_val.txt"
     lists.write_text(lists.read_text() + "99 Concorde\n")
-    with pytest.raises(ValueError, match="cannot read the lists in .*fgvc_aircraft: KeyError 'Concorde'"): load_task("coop_fgvc_aircraft", root, 32, strict=False)
+    with pytest.raises(ValueError, match="cannot read the lists in .*fgvc_aircraft: KeyError 'Concorde'"):
+        load_task("coop_fgvc_aircraft", root, 32, strict=False)
     for file in sorted((root / "eurosat/2750/Forest").iterdir())[2:]: file.unlink()
-    with pytest.raises(ValueError, match="class 'Forest' has 2 images: too few for 50 / 20 / 30 %"): load_task("coop_eurosat", root, 32, strict=False)
+    with pytest.raises(ValueError, match="class 'Forest' has 2 images: too few for 50 / 20 / 30 %"):
+        load_task("coop_eurosat", root, 32, strict=False)
     assert {row["faults"] for row in verify(root, ["coop_fgvc_aircraft", "coop_eurosat"], strict=False).rows} == {1}

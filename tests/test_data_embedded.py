@@ -1,4 +1,5 @@
-"""The embedded tasks of real images: what is in them, what separates their parts, whom they come from, and what happens when a file is spoiled."""
+"""The embedded tasks of real images: what is in them, what separates their parts, whom they come from, and what happens when a file is
+spoiled."""
 
 import json
 import shutil
@@ -9,11 +10,12 @@ import torch
 from PIL import Image
 
 from hierprompt.core import sha256_file
-from hierprompt.data.embedded import EMBEDDED, SCENE_SIZE, load_embedded, provenance
-from hierprompt.data.packs import content_hash, find_packs, nearest, pack_about, picture_hash, read_pack, write_pack
+from hierprompt.data.benchmarks import list_tasks, load_task
+from hierprompt.data.embedded.packs import content_hash, find_packs, nearest, pack_about, picture_hash, read_pack, write_pack
+from hierprompt.data.embedded.scenes import SCENE, Style, draw_scenes, render_scene
+from hierprompt.data.embedded.tasks import EMBEDDED, SCENE_SIZE, load_embedded, provenance
 from hierprompt.data.probes import linear_probe, probes, raw_pixels
-from hierprompt.data.scenes import SCENE, Style, draw_scenes, render_scene
-from hierprompt.data.tasks import PARTS, Split, Task, list_tasks, load_task
+from hierprompt.data.tasks import PARTS, Split, Task
 from hierprompt.seg.compose import RECIPES
 
 PACKED = [name for name, task in EMBEDDED.items() if task.packs]

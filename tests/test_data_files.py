@@ -7,13 +7,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
-
 from fixture_trees import class_picture, make_fgvc_tree, make_folder_tree, make_vtab_tree
+
 from hierprompt.core import write_json
 from hierprompt.data import fgvc, listing, vtab
+from hierprompt.data.benchmarks import list_tasks, load_task
 from hierprompt.data.listing import Listing, check_listings, read_images
 from hierprompt.data.preprocess import PREPROCESS
-from hierprompt.data.tasks import Task, list_tasks, load_task
+from hierprompt.data.tasks import Task
 
 
 @pytest.fixture(scope="module")

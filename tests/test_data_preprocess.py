@@ -5,8 +5,20 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from hierprompt.data.preprocess import (AUGMENT, NORMALIZE, PREPROCESS, Preprocess, augment, center_crop, decode, get_preprocess,
-                                        random_crop, random_flip, random_resized_crop, to_square)
+from hierprompt.data.preprocess import (
+    AUGMENT,
+    PREPROCESS,
+    Preprocess,
+    augment,
+    center_crop,
+    decode,
+    get_preprocess,
+    random_crop,
+    random_flip,
+    random_resized_crop,
+    to_square,
+)
+from hierprompt.engine.hosts import NORMALIZE
 
 
 def generator(seed=0): return torch.Generator().manual_seed(seed)

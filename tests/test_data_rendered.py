@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hierprompt.data import clevr_like, dsprites_like, norb_like
-from hierprompt.data.raycast import GROUND, Solid, column, lamp, look_at, nearest, normals, rotation, stay, trace
+from hierprompt.data.embedded import clevr_like, dsprites_like, norb_like
+from hierprompt.data.embedded.raycast import GROUND, Solid, column, lamp, look_at, nearest, normals, rotation, stay, trace
 
 MODULES = (dsprites_like, clevr_like, norb_like)
 GRIDS = (dsprites_like, norb_like)

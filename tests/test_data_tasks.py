@@ -1,7 +1,7 @@
 import pytest
 import torch
-
 from fixture_trees import class_split
+
 from hierprompt.data.tasks import PARTS, Split, Task
 
 

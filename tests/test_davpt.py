@@ -1,6 +1,8 @@
-"""DA-VPT: the tuner against its slow form, the invariants of its specification (section 6) that concern classification, and the same guidance on SHIP.
+"""DA-VPT: the tuner against its slow form, the invariants of DA-VPT spec 6 that concern classification, and the same
+guidance on SHIP.
 
-Tested elsewhere: 1, 2, 14 and the loss alone of 20 in test_proxies.py; the clustering of 11 and the means of 12 in test_class_map.py; 15 and 17 in
+Tested elsewhere: 1, 2, 14 and the loss alone of 20 in test_proxies.py; the clustering of 11 and the means of 12 in test_class_map.py; 15
+and 17 in
 test_recipes.py and test_training.py; 18 and the segmentation counts of 8 in test_published_davpt.py. 19 belongs to segmentation."""
 import random
 from functools import cache, wraps
@@ -12,15 +14,15 @@ import torch.nn.functional as F
 from test_engine import ARCHITECTURES
 from test_ship import sharp_vit
 
-from hierprompt.accounting import count_macs, count_parameters
-from hierprompt.backbones import load_backbone
-from hierprompt.engine import Context
-from hierprompt.methods.class_map import ClassMeans
-from hierprompt.methods.davpt_reference import reference_attention, reference_layer_losses, reference_losses
-from hierprompt.methods.guidance import few_per_class, one_of
-from hierprompt.methods.proxies import METRICS, metric_settings
-from hierprompt.registry import list_methods
-from hierprompt.tuned import load_tuned, tune
+from hierprompt.backbones.pretrained import load_backbone
+from hierprompt.engine.accounting import count_macs, count_parameters
+from hierprompt.engine.block_loop import Context
+from hierprompt.engine.registry import list_methods
+from hierprompt.engine.tuned import load_tuned, tune
+from hierprompt.methods.davpt.class_map import ClassMeans
+from hierprompt.methods.davpt.guidance import few_per_class, one_of
+from hierprompt.methods.davpt.metric_losses import METRICS, metric_settings
+from hierprompt.methods.davpt.reference import reference_attention, reference_layer_losses, reference_losses
 
 SMALL = dict(num_guided=3, num_tokens=4, fill_to=0, patch_weight=0.7, cls_weight=0.3)     # for 17 tokens, 8 images, 5 classes
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0, 1, 4])
@@ -60,7 +62,8 @@ def davpt(vit, floats, classes=5, std=0.5, method="da_vpt", **config):
 def plan_of(model): return model.tuner.guidance.map if model.tuner.guidance is not None else None
 
 
-def prompts_of(model): return [p for n, p in sorted(model.tuner.named_parameters(), key=lambda x: int(x[0].split(".")[1])) if n.startswith("prompts")]
+def prompts_of(model):
+    return [p for n, p in sorted(model.tuner.named_parameters(), key=lambda x: int(x[0].split(".")[1])) if n.startswith("prompts")]
 
 
 def close(a, b, tolerance=EXACT): return (a - b).abs().max() <= tolerance * max(1, b.abs().max())
@@ -103,46 +106,102 @@ SIDES = ["raw", "query", "key"]
 TOPK = dict(patch_feature="topk_cross_attn", topk=3)
 BIASES = ["q", "k", "v", "proj", "fc1", "fc2", "norm1.w", "norm1.b", "norm2.w", "norm2.b", "norm.w", "norm.b", "cls", "patch_embed.b"]
 CONFIGS = {
-    "paper": {}, "released": dict(preset="released"), "legacy": dict(preset="released_legacy"),
+    "paper": {},
+    "released": dict(preset="released"),
+    "legacy": dict(preset="released_legacy"),
     **{f"{feature} with {side}": dict(patch_feature=feature, prompt_feature=side) for feature in PATCH for side in SIDES},
     **{f"class token {cls} with {side}": dict(cls_feature=cls, prompt_feature_cls=side) for cls in SIDES for side in SIDES},
     **{f"{metric}": dict(metric=metric) for metric in ["pnca", "pnca_rel", "triplet"]},
-    "symmetric triplets": dict(metric="triplet", triplet_symmetric=True, triplet_margin=0.4), "mean over all": dict(pos_reduction="all"),
-    "r = 5": dict(sim_scale=5.0), "r = 0": dict(sim_scale=0.0), "alpha, delta": dict(alpha=8.0, delta=0.3), "detached": dict(detach_features=True),
-    "patch loss only": dict(cls_weight=0.0), "class token loss only": dict(patch_weight=0.0), "no losses": dict(patch_weight=0.0, cls_weight=0.0),
+    "symmetric triplets": dict(metric="triplet", triplet_symmetric=True, triplet_margin=0.4),
+    "mean over all": dict(pos_reduction="all"),
+    "r = 5": dict(sim_scale=5.0),
+    "r = 0": dict(sim_scale=0.0),
+    "alpha, delta": dict(alpha=8.0, delta=0.3),
+    "detached": dict(detach_features=True),
+    "patch loss only": dict(cls_weight=0.0),
+    "class token loss only": dict(patch_weight=0.0),
+    "no losses": dict(patch_weight=0.0, cls_weight=0.0),
     **{f"guided {layers}": dict(guided_layers=layers) for layers in ([0], [2], [5], [1, 4], [3, 4, 5], ALL_LAYERS)},
-    "one prompt": dict(num_guided=1), "a prompt a class": dict(num_guided=5), "more prompts than classes": dict(num_guided=9),
-    "extra prompts": dict(fill_to=9), "extra prompts, one a class": dict(num_guided=9, fill_to=12), "no guidance": dict(num_guided=0),
-    "guided prompts only": dict(num_tokens=0), "guided prompts only, from layer 3": dict(num_tokens=0, guided_layers=[3, 4, 5]),
+    "one prompt": dict(num_guided=1),
+    "a prompt a class": dict(num_guided=5),
+    "more prompts than classes": dict(num_guided=9),
+    "extra prompts": dict(fill_to=9),
+    "extra prompts, one a class": dict(num_guided=9, fill_to=12),
+    "no guidance": dict(num_guided=0),
+    "guided prompts only": dict(num_tokens=0),
+    "guided prompts only, from layer 3": dict(num_tokens=0, guided_layers=[3, 4, 5]),
     "no prompts": dict(num_tokens=0, num_guided=0),
-    "l2 norm": dict(vpt_norm="l2"), "layer norm": dict(vpt_norm="layer"), "layer norm, raw": dict(vpt_norm="layer", prompt_feature="raw"),
-    **{f"{feature}, masked": dict(patch_feature=feature, prompt_mask=True) for feature in ("attn_out", "attn_out_patch_mean", "topk_cross_attn")},
+    "l2 norm": dict(vpt_norm="l2"),
+    "layer norm": dict(vpt_norm="layer"),
+    "layer norm, raw": dict(vpt_norm="layer", prompt_feature="raw"),
+    **{
+        f"{feature}, masked": dict(patch_feature=feature, prompt_mask=True)
+        for feature in ("attn_out", "attn_out_patch_mean", "topk_cross_attn")
+    },
     "masked, extra": dict(prompt_mask=True, fill_to=9, guided_layers=[2, 5]),
-    **{f"{connection}{', masked' * mask}": dict(connection=connection, num_tokens=3, prompt_mask=mask)
-       for connection in ("fixed", "gate") for mask in (False, True)},
+    **{
+        f"{connection}{', masked' * mask}": dict(connection=connection, num_tokens=3, prompt_mask=mask)
+        for connection in ("fixed", "gate")
+        for mask in (False, True)
+    },
     **{f"{connection}, other counts": dict(connection=connection, guided_layers=[2, 5]) for connection in ("fixed", "gate")},
-    **{f"{connection}, all guided, {name}": dict(connection=connection, guided_layers=ALL_LAYERS, **changes) for connection in ("fixed", "gate")
-       for name, changes in (("released", dict(preset="released", num_guided=3)), ("l2", dict(vpt_norm="l2")),
-                             ("key", dict(prompt_feature="key", patch_feature="key_mean")))},
+    **{
+        f"{connection}, all guided, {name}": dict(connection=connection, guided_layers=ALL_LAYERS, **changes)
+        for connection in ("fixed", "gate")
+        for name, changes in (
+            ("released", dict(preset="released", num_guided=3)),
+            ("l2", dict(vpt_norm="l2")),
+            ("key", dict(prompt_feature="key", patch_feature="key_mean")),
+        )
+    },
     **{f"pool {pool}{', masked' * mask}": dict(pool=pool, prompt_mask=mask) for pool in ("all", "img") for mask in (False, True)},
-    "pool all, connected": dict(pool="all", connection="fixed", num_tokens=3), "pool all, extra": dict(pool="all", fill_to=9),
+    "pool all, connected": dict(pool="all", connection="fixed", num_tokens=3),
+    "pool all, extra": dict(pool="all", fill_to=9),
     "pool all, nothing last": dict(pool="all", num_tokens=0, guided_layers=[2]),
     **{f"bias {name}": dict(bias_set=[name]) for name in BIASES},
     **{f"biases {name}": dict(bias_set=name) for name in ("kv", "qkv", "rel_vit", "rel_mae", "all")},
-    "all biases, all sides": dict(bias_set=BIASES, patch_feature="key_mean", prompt_feature="query", cls_feature="key", guided_layers=ALL_LAYERS),
-    **{f"top 3, {name}": {**TOPK, **changes} for name, changes in {
-        "mean of heads": dict(topk_heads="mean"), "composed": dict(topk_heads="composed"), "of keys": dict(topk_from="key"), "maximum": dict(topk_pool="max"),
-        "weighted": dict(topk_scale="tokens", topk_pool="max"), "weighted heads": dict(topk_heads="composed", topk_scale="heads"),
-        "class token's": dict(patch_feature="topk_cls_attn", topk_heads="composed", topk_from="key"), "all": dict(topk=16)}.items()},
+    "all biases, all sides": dict(
+        bias_set=BIASES, patch_feature="key_mean", prompt_feature="query", cls_feature="key", guided_layers=ALL_LAYERS
+    ),
+    **{
+        f"top 3, {name}": {**TOPK, **changes}
+        for name, changes in {
+            "mean of heads": dict(topk_heads="mean"),
+            "composed": dict(topk_heads="composed"),
+            "of keys": dict(topk_from="key"),
+            "maximum": dict(topk_pool="max"),
+            "weighted": dict(topk_scale="tokens", topk_pool="max"),
+            "weighted heads": dict(topk_heads="composed", topk_scale="heads"),
+            "class token's": dict(patch_feature="topk_cls_attn", topk_heads="composed", topk_from="key"),
+            "all": dict(topk=16),
+        }.items()
+    },
 }
 CHOICES = dict(
-    patch_feature=PATCH, prompt_feature=SIDES, cls_feature=SIDES, prompt_feature_cls=SIDES, metric=["proxy_anchor"] * 3 + ["pnca", "pnca_rel", "triplet"],
-    pos_reduction=["positives", "all"], sim_scale=[1.0, 5.0], triplet_symmetric=[False, True], detach_features=[False, False, True], topk=[1, 3],
-    topk_heads=["max", "mean", "composed"], topk_from=["input", "key"], topk_pool=["mean", "max"], topk_scale=["none", "tokens"],
+    patch_feature=PATCH,
+    prompt_feature=SIDES,
+    cls_feature=SIDES,
+    prompt_feature_cls=SIDES,
+    metric=["proxy_anchor"] * 3 + ["pnca", "pnca_rel", "triplet"],
+    pos_reduction=["positives", "all"],
+    sim_scale=[1.0, 5.0],
+    triplet_symmetric=[False, True],
+    detach_features=[False, False, True],
+    topk=[1, 3],
+    topk_heads=["max", "mean", "composed"],
+    topk_from=["input", "key"],
+    topk_pool=["mean", "max"],
+    topk_scale=["none", "tokens"],
     vpt_norm=["none", "l2", "layer"],
-    prompt_mask=[False, True], pool=["host", "all", "img"], connection=["none", "fixed", "gate"], num_guided=[2, 3, 5, 9], num_tokens=[0, 3, 3, 4],
+    prompt_mask=[False, True],
+    pool=["host", "all", "img"],
+    connection=["none", "fixed", "gate"],
+    num_guided=[2, 3, 5, 9],
+    num_tokens=[0, 3, 3, 4],
     fill_to=[0, 7],
-    guided_layers=[None, [0], [2], [1, 4], [3, 4, 5], ALL_LAYERS], bias_set=["none", "kv", "qkv", "rel_vit", "rel_mae", "all"])
+    guided_layers=[None, [0], [2], [1, 4], [3, 4, 5], ALL_LAYERS],
+    bias_set=["none", "kv", "qkv", "rel_vit", "rel_mae", "all"],
+)
 
 
 def drawn(seed, **fixed):
@@ -166,12 +225,19 @@ def test_tuner_equals_slow_form_with_short_prompts(norm, vit6, floats):
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("architecture", ["LayerScale", "registers", "pre-norm and qk-norm", "average pooling", "no qkv bias", "dynamic image size"])
+@pytest.mark.parametrize(
+    "architecture", ["LayerScale", "registers", "pre-norm and qk-norm", "average pooling", "no qkv bias", "dynamic image size"]
+)
 def test_tuner_equals_slow_form_on_other_backbones(architecture, seed, floats):
     vit = sharp_vit(depth=4, **ARCHITECTURES[architecture]).double()
     feature = [dict(patch_feature="attn_out"), dict(patch_feature="topk_cross_attn", topk_from="key"), dict(patch_feature="key_mean"),
         dict(patch_feature="attn_out_patch_mean")][seed]
-    changes = drawn(seed, **feature, guided_layers=[[3], [1, 2], [2, 3], [0]][seed], bias_set=["none", ["proj"], ["norm2.b", "cls"], ["fc1", "norm1.w"]][seed])
+    changes = drawn(
+        seed,
+        **feature,
+        guided_layers=[[3], [1, 2], [2, 3], [0]][seed],
+        bias_set=["none", ["proj"], ["norm2.b", "cls"], ["fc1", "norm1.w"]][seed]
+    )
     if architecture == "average pooling": changes["pool"] = "host"
     compare(davpt(vit, floats, **changes), floats)
 
@@ -196,7 +262,8 @@ def plain_pair(seed=5, **changes):
 @pytest.mark.parametrize("changes", [{}, dict(guided_layers=[1, 3]), dict(guided_layers=ALL_LAYERS),
     dict(metric="triplet", patch_feature="topk_cls_attn")], ids=str)
 def test_invariant_03_zero_weights_are_vpt_deep(changes, floats):
-    "Bitwise: initial prompts and head, logits in both modes, gradients, the weights after two optimiser steps; and nothing has to be prepared."
+    """Bitwise: initial prompts and head, logits in both modes, gradients, the weights after two optimiser steps; and nothing has to be
+    prepared."""
     deep, ours = plain_pair(**changes)
     images = floats.float()
     assert torch.equal(deep.head.weight, ours.head.weight) and torch.equal(deep.tuner.prompts, torch.stack(prompts_of(ours)))
@@ -208,7 +275,10 @@ def test_invariant_03_zero_weights_are_vpt_deep(changes, floats):
         for model, optimizer in zip((deep, ours), optimizers):
             optimizer.zero_grad()
             model.loss(images, LABELS).backward()
-        assert all(torch.equal(p.grad, deep.tuner.prompts.grad[i]) for i, p in enumerate(prompts_of(ours))) and ours.losses(images, LABELS)[1] == 0
+        assert (
+            all(torch.equal(p.grad, deep.tuner.prompts.grad[i]) for i, p in enumerate(prompts_of(ours)))
+            and ours.losses(images, LABELS)[1] == 0
+        )
         for optimizer in optimizers: optimizer.step()
         assert all(torch.equal(a, b) for a, b in zip(weights[0](), weights[1]()))
 
@@ -243,9 +313,16 @@ def test_invariant_05_separated_biases_leave_the_forward_pass(bias_set, floats):
 
 
 def test_invariant_05_key_bias_has_no_gradient_but_through_keys(vit6, floats):
-    "The softmax does not see it (spec 1.9); a loss that reads keys does."
-    for metric_reads, changes in ((False, {}), (True, dict(patch_feature="key_mean")), (True, dict(prompt_feature="key")), (True, dict(cls_feature="key")),
-                                  (True, dict(prompt_feature_cls="key")), (True, dict(**TOPK, topk_from="key")), (False, TOPK)):
+    "The softmax does not see it (DA-VPT spec 1.9); a loss that reads keys does."
+    for metric_reads, changes in (
+        (False, {}),
+        (True, dict(patch_feature="key_mean")),
+        (True, dict(prompt_feature="key")),
+        (True, dict(cls_feature="key")),
+        (True, dict(prompt_feature_cls="key")),
+        (True, dict(**TOPK, topk_from="key")),
+        (False, TOPK),
+    ):
         model = davpt(vit6, floats, bias_set="qkv", guided_layers=[3], **changes).train()
         entropy, own = model.losses(floats, LABELS)
         found = {part: [p for n, p in sorted(model.tuner.named_parameters()) if n.startswith(f"{part}_bias")] for part in "qkv"}
@@ -268,8 +345,21 @@ def test_invariant_06_mask_changes_prompt_rows_only(vit6, floats):
         assert not close(a(floats), b(floats), 1e-4)
 
 
-@pytest.mark.parametrize("name", ["paper", "released", "biases kv", "biases all", "gate", "layer norm", "gate, other counts", "extra prompts",
-    "guided prompts only", "no guidance"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "paper",
+        "released",
+        "biases kv",
+        "biases all",
+        "gate",
+        "layer norm",
+        "gate, other counts",
+        "extra prompts",
+        "guided prompts only",
+        "no guidance",
+    ],
+)
 def test_invariant_07_exactly_the_named_tensors_train(name, floats):
     vit = tiny()
     before = {n: t.clone() for n, t in vit.state_dict().items()}
@@ -307,14 +397,28 @@ COUNTS = {
     "guided from layer 9, N = 0": (dict(num_guided=40, num_tokens=0, guided_layers=[8, 9, 10, 11]), 768 * 4 * 40, 0),
     "4 classes": (dict(classes=4, num_guided=20, num_tokens=20), 768 * (4 + 6 + 11 * 20), 0),
     "4 classes, released": (dict(classes=4, num_guided=20, num_tokens=20, fill_to=0), 768 * (4 + 11 * 20), 0),
-    **{f"bias set {name}": (dict(num_guided=20, num_tokens=20, bias_set=name), 184_320, count) for name, count in
-       {"kv": 18_432, "qkv": 27_648, "all": 102_912, "rel_vit": 66_048, "rel_mae": 37_632}.items()},
-    "rel_mae with the class token": (dict(num_guided=20, num_tokens=20, bias_set=["v", "proj", "fc2", "norm2.b", "patch_embed.b", "cls"]), 184_320, 38_400),
+    **{
+        f"bias set {name}": (dict(num_guided=20, num_tokens=20, bias_set=name), 184_320, count)
+        for name, count in {"kv": 18_432, "qkv": 27_648, "all": 102_912, "rel_vit": 66_048, "rel_mae": 37_632}.items()
+    },
+    "rel_mae with the class token": (
+        dict(num_guided=20, num_tokens=20, bias_set=["v", "proj", "fc2", "norm2.b", "patch_embed.b", "cls"]),
+        184_320,
+        38_400,
+    ),
     "gates": (dict(num_guided=20, num_tokens=20, connection="gate"), 184_320, 11),
     "trained prompt norm": (dict(num_guided=20, num_tokens=20, vpt_norm="layer"), 184_320, 1_536),
-    **{f"bias {name}": (dict(num_guided=20, num_tokens=20, bias_set=[name]), 184_320, count) for name, count in
-       {**{n: 9_216 for n in ("q", "k", "v", "proj", "fc2", "norm1.b", "norm2.b", "norm1.w", "norm2.w")}, "fc1": 36_864, "cls": 768, "patch_embed.b": 768,
-        "norm.b": 768, "norm.w": 768}.items()},
+    **{
+        f"bias {name}": (dict(num_guided=20, num_tokens=20, bias_set=[name]), 184_320, count)
+        for name, count in {
+            **{n: 9_216 for n in ("q", "k", "v", "proj", "fc2", "norm1.b", "norm2.b", "norm1.w", "norm2.w")},
+            "fc1": 36_864,
+            "cls": 768,
+            "patch_embed.b": 768,
+            "norm.b": 768,
+            "norm.w": 768,
+        }.items()
+    },
 }
 
 
@@ -327,7 +431,7 @@ def test_invariant_08_parameter_counts(name):
 
 
 def test_invariant_08_table_3_with_the_mean_head():
-    "VPT baseline 0.36 M: 20 prompts x 12 and the mean of five heads (spec 2)."
+    "VPT baseline 0.36 M: 20 prompts x 12 and the mean of five heads (DA-VPT spec 2)."
     found = [count_parameters(base(classes=c, num_guided=20, num_tokens=20))["with_head"] for c in (200, 555, 102, 120, 196)]
     assert sum(found) / 5 == pytest.approx(184_320 + 180_407.4)
 
@@ -432,7 +536,9 @@ def test_invariant_12_means_collected_in_training(name, vit6, floats):
     assert means.counts.sum() == 0
 
 
-@pytest.mark.parametrize("changes", [{}, dict(preset="released", num_guided=3), dict(patch_feature="key_mean"), dict(metric="pnca")], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, dict(preset="released", num_guided=3), dict(patch_feature="key_mean"), dict(metric="pnca")], ids=str
+)
 def test_invariant_13_what_the_metric_losses_reach(changes, vit6, floats):
     "Prompts and biases up to the guided layer."
     model = davpt(vit6, floats, guided_layers=[3], **{**changes, "bias_set": ["v", "norm1.w"]})
@@ -468,7 +574,9 @@ def test_invariant_16_parameter_groups(name, floats):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("changes", [{}, dict(preset="released", num_guided=3), dict(metric="pnca_rel"), dict(patch_feature="topk_cross_attn")], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, dict(preset="released", num_guided=3), dict(metric="pnca_rel"), dict(patch_feature="topk_cross_attn")], ids=str
+)
 def test_invariant_20_losses_are_not_rounded(changes, dtype, floats, monkeypatch):
     "What autocast computes is the loss in float32 of the features that it computed, even at r = 60."
     model = davpt(tiny(), floats.float(), **{**changes, "sim_scale": 60.0})
@@ -502,17 +610,36 @@ def test_presets():
     "Section 1.13."
     config = {preset: tune(tiny(), "da_vpt", 5, preset=preset).config for preset in ("paper", "released", "released_legacy")}
     sides = lambda c: (c.patch_feature, c.prompt_feature, c.cls_feature, c.prompt_feature_cls)
-    assert sides(config["paper"]) == ("attn_out", "query", "raw", "raw") and sides(config["released"]) == ("input_mean", "raw", "query", "raw")
+    assert sides(config["paper"]) == ("attn_out", "query", "raw", "raw") and sides(config["released"]) == (
+        "input_mean",
+        "raw",
+        "query",
+        "raw",
+    )
     assert sides(config["released_legacy"]) == ("key_mean", "query", "query", "key")
-    for name, paper, released in (("alpha", 32.0, 32.0), ("delta", 0.1, 0.1), ("sim_scale", 1.0, 5.0), ("pos_reduction", "positives", "all"),
-                                  ("init_pass", "full_epoch", "10_per_class"),
-                                  ("map_update_from", 0, 10), ("map_norm", "layer", "layer"), ("map_start", "spread", "rows"),
-                                  ("map_empty", "reseed", "keep"), ("map_unseen", "keep", "random"),
-                                  ("map_degenerate", "keep", "reset"), ("fill_to", 10, 0), ("bias_set", "none", "rel_vit"), ("init_scale", 1.0, 0.125),
-                                  ("prompt_mask", False, False),
-                                  ("vpt_norm", "none", "none"), ("patch_weight", 0.01, 0.01), ("cls_weight", 0.01, 0.01),
-                                  ("metric", "proxy_anchor", "proxy_anchor"),
-                                  ("num_guided", 20, 10), ("num_tokens", 20, 20)):
+    for name, paper, released in (
+        ("alpha", 32.0, 32.0),
+        ("delta", 0.1, 0.1),
+        ("sim_scale", 1.0, 5.0),
+        ("pos_reduction", "positives", "all"),
+        ("init_pass", "full_epoch", "10_per_class"),
+        ("map_update_from", 0, 10),
+        ("map_norm", "layer", "layer"),
+        ("map_start", "spread", "rows"),
+        ("map_empty", "reseed", "keep"),
+        ("map_unseen", "keep", "random"),
+        ("map_degenerate", "keep", "reset"),
+        ("fill_to", 10, 0),
+        ("bias_set", "none", "rel_vit"),
+        ("init_scale", 1.0, 0.125),
+        ("prompt_mask", False, False),
+        ("vpt_norm", "none", "none"),
+        ("patch_weight", 0.01, 0.01),
+        ("cls_weight", 0.01, 0.01),
+        ("metric", "proxy_anchor", "proxy_anchor"),
+        ("num_guided", 20, 10),
+        ("num_tokens", 20, 20),
+    ):
         for preset, wanted in (("paper", paper), ("released", released), ("released_legacy", released)):
             assert getattr(config[preset], name) == wanted, (name, preset)
     assert {"da_vpt", "da_vpt_ship"} <= set(list_methods())
@@ -526,8 +653,10 @@ def test_inference_costs_what_vpt_deep_costs(changes):
     assert count_macs(ours, 32) == count_macs(tune(tiny(), "vpt_deep", 50, num_tokens=10), 32)
 
 
-@pytest.mark.parametrize("name", ["paper", "released", "gate", "layer norm", "biases all", "more prompts than classes", "extra prompts", "no guidance",
-    "guided [1, 4]"])
+@pytest.mark.parametrize(
+    "name",
+    ["paper", "released", "gate", "layer norm", "biases all", "more prompts than classes", "extra prompts", "no guidance", "guided [1, 4]"],
+)
 def test_save_and_load(name, floats, tmp_path):
     "Weights, map and settings; training goes on without another look at the images."
     images = floats.float()
@@ -602,7 +731,7 @@ def test_another_precision_keeps_the_map_working(floats):
 
 
 def test_prompt_dropout_spares_the_loss(floats):
-    "Tokens that enter are dropped, the prompts of the loss are not (spec 1.1)."
+    "Tokens that enter are dropped, the prompts of the loss are not (DA-VPT spec 1.1)."
     settings = dict(guided_layers=[0], patch_feature="input_mean", bias_set="none")
     plain, dropped = (davpt(tiny(), floats.float(), dropout=rate, **settings).train() for rate in (0.0, 0.5))
     with torch.random.fork_rng():
@@ -642,9 +771,19 @@ def test_guided_ship_is_ship(changes, floats):
         assert params[0].keys() == params[1].keys() and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
-@pytest.mark.parametrize("changes", [{}, dict(decoupled=False), dict(preset="released", guided_layers=[1, 5]), dict(sip_mode="reinsert", metric="pnca"),
-                                     dict(patch_feature="topk_cross_attn", topk=3), dict(patch_feature="key_mean", cls_feature="key"),
-                                     dict(patch_feature="attn_out_patch_mean")], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(decoupled=False),
+        dict(preset="released", guided_layers=[1, 5]),
+        dict(sip_mode="reinsert", metric="pnca"),
+        dict(patch_feature="topk_cross_attn", topk=3),
+        dict(patch_feature="key_mean", cls_feature="key"),
+        dict(patch_feature="attn_out_patch_mean"),
+    ],
+    ids=str,
+)
 def test_guided_ship_compares_what_da_vpt_compares(changes, vit6, floats):
     "The slow form's losses of what enters the guided blocks: instance tokens and all prompts, the mean of the semantic ones as proxies."
     guiding = {n: SMALL[n] for n in ("num_guided", "patch_weight", "cls_weight")}
@@ -669,11 +808,12 @@ def test_guided_ship_compares_what_da_vpt_compares(changes, vit6, floats):
     for ga, gb in zip(grads(own, params), grads(sum(losses) / len(losses), params)): assert close(ga, gb) and ga.shape
 
 
-# Initial prompts (spec 1.1, 1.10)
+# Initial prompts (DA-VPT spec 1.1, 1.10)
 
 @pytest.mark.parametrize("scale", [1.0, 0.125])
 def test_released_bound(scale):
-    "sqrt(6 / ((layers of a group + prompts) D)): for width 768 it is 0.01587 with 11 x 20 prompts and 0.02665 with 1 x 10; an eighth of it released."
+    """sqrt(6 / ((layers of a group + prompts) D)): for width 768 it is 0.01587 with 11 x 20 prompts and 0.02665 with 1 x 10; an eighth
+    of it released."""
     prompts = prompts_of(tune(sharp_vit(depth=12), "da_vpt", 200, num_guided=10, num_tokens=20, init_scale=scale))
     for group, n, printed in ((prompts[:11], 20, 0.01587), (prompts[11:], 10, 0.02665)):
         bound, largest = (6 / ((len(group) + n) * 96)) ** 0.5, torch.cat(group).abs().max().item()
@@ -682,9 +822,12 @@ def test_released_bound(scale):
 
 @pytest.mark.parametrize("kind", ["mean", "max"])
 def test_prompts_from_patches(kind):
-    "Without noise all of a layer's are the mean, or the maximum, of what enters the layer of the pretrained model; the noise has a fifth of their deviation."
+    """Without noise all of a layer's are the mean, or the maximum, of what enters the layer of the pretrained model; the noise has a
+    fifth of their deviation."""
     images, labels = torch.randn(50, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 5
-    vit, exact, noisy = tiny(), *(tune(tiny(), "da_vpt", 5, **{**SMALL, "num_tokens": 40, "init": kind, "init_noise": noise}) for noise in (0.0, 0.2))
+    vit, exact, noisy = tiny(), *(
+        tune(tiny(), "da_vpt", 5, **{**SMALL, "num_tokens": 40, "init": kind, "init_noise": noise}) for noise in (0.0, 0.2)
+    )
     for model in (exact, noisy): model.prepare(images, labels)
     with torch.no_grad(): z = vit._pos_embed(vit.patch_embed(images))
     for i, block in enumerate(vit.blocks):
@@ -711,20 +854,35 @@ def test_prompts_from_patches_follow_the_seed(kind):
 
 # Bad input
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(guided_layers=[6]), r"guided_layers = \[6\].*6 blocks"), (dict(guided_layers=[-1]), r"guided_layers = \[-1\]"),
-    (dict(guided_layers=[2, 2]), r"guided_layers = \[2, 2\]"),
-    (dict(guided_layers=[]), r"guided_layers = \[\]"), (dict(num_guided=-1), "num_guided = -1"), (dict(num_tokens=-1), "num_tokens = -1"),
-    (dict(fill_to=-1), "fill_to = -1"),
-    (dict(topk=0, patch_feature="topk_cls_attn"), "topk = 0"), (dict(topk=17, patch_feature="topk_cls_attn"), "topk = 17.*16"),
-    (dict(topk_scale="heads", patch_feature="topk_cls_attn"), "scale = 'heads'.*heads='composed'"), (dict(patch_feature="attn"), "patch_feature"),
-    (dict(metric="arcface"), "metric"),
-    (dict(bias_set="kq"), "unknown bias set 'kq'.*kv"), (dict(bias_set=["k", "norm3.b"]), "norm3.b"), (dict(connection="linear"), "connection"),
-    (dict(connection_ratio=1.5), "connection_ratio = 1.5"),
-    (dict(dropout=1.0), "dropout = 1.0"), (dict(patch_weight=-1.0), "patch_weight = -1.0"), (dict(cls_weight=float("nan")), "cls_weight = nan"),
-    (dict(init_noise=-0.2), "init_noise = -0.2"),
-    (dict(map_update_from=-1), "map_update_from = -1"), (dict(metric="pnca", num_guided=1), "num_guided = 1, 5 classes.*another metric"),
-    (dict(map_mode="kmeans_balanced", map_empty="keep"), "reseed")], ids=str)
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(guided_layers=[6]), r"guided_layers = \[6\].*6 blocks"),
+        (dict(guided_layers=[-1]), r"guided_layers = \[-1\]"),
+        (dict(guided_layers=[2, 2]), r"guided_layers = \[2, 2\]"),
+        (dict(guided_layers=[]), r"guided_layers = \[\]"),
+        (dict(num_guided=-1), "num_guided = -1"),
+        (dict(num_tokens=-1), "num_tokens = -1"),
+        (dict(fill_to=-1), "fill_to = -1"),
+        (dict(topk=0, patch_feature="topk_cls_attn"), "topk = 0"),
+        (dict(topk=17, patch_feature="topk_cls_attn"), "topk = 17.*16"),
+        (dict(topk_scale="heads", patch_feature="topk_cls_attn"), "scale = 'heads'.*heads='composed'"),
+        (dict(patch_feature="attn"), "patch_feature"),
+        (dict(metric="arcface"), "metric"),
+        (dict(bias_set="kq"), "unknown bias set 'kq'.*kv"),
+        (dict(bias_set=["k", "norm3.b"]), "norm3.b"),
+        (dict(connection="linear"), "connection"),
+        (dict(connection_ratio=1.5), "connection_ratio = 1.5"),
+        (dict(dropout=1.0), "dropout = 1.0"),
+        (dict(patch_weight=-1.0), "patch_weight = -1.0"),
+        (dict(cls_weight=float("nan")), "cls_weight = nan"),
+        (dict(init_noise=-0.2), "init_noise = -0.2"),
+        (dict(map_update_from=-1), "map_update_from = -1"),
+        (dict(metric="pnca", num_guided=1), "num_guided = 1, 5 classes.*another metric"),
+        (dict(map_mode="kmeans_balanced", map_empty="keep"), "reseed"),
+    ],
+    ids=str,
+)
 def test_bad_settings(changes, message, floats):
     with pytest.raises((ValueError, KeyError), match=message):
         model = tune(tiny(), "da_vpt", 5, **{**SMALL, **changes})
@@ -743,10 +901,12 @@ def test_unknown_presets():
 
 def test_labels_outside_the_map(vit6, floats):
     model = tune(vit6, "da_vpt", 5, **SMALL).double()
-    with pytest.raises(ValueError, match="label 7 is outside the map of 5 classes"): model.prepare(floats, torch.where(LABELS == 3, 7, LABELS))
+    with pytest.raises(ValueError, match="label 7 is outside the map of 5 classes"):
+        model.prepare(floats, torch.where(LABELS == 3, 7, LABELS))
     with pytest.raises(ValueError, match="label -1 is outside the map of 5 classes"): model.prepare(floats, LABELS - 1)
     model.prepare(floats, LABELS)
-    with pytest.raises((ValueError, IndexError, RuntimeError), match="out of bounds|outside the map"): model.train().loss(floats, LABELS + 1)
+    with pytest.raises((ValueError, IndexError, RuntimeError), match="out of bounds|outside the map"):
+        model.train().loss(floats, LABELS + 1)
 
 
 def test_a_class_without_samples(vit6, floats):

@@ -6,9 +6,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from hierprompt.davpt_report import bias_costs
-from hierprompt.published import published_groups
-from hierprompt.results import group_means, load_published
+from hierprompt.papers.davpt import bias_costs
+from hierprompt.results.metrics import group_means
+from hierprompt.results.published import load_published
+from hierprompt.results.published_rows import published_groups
 
 TABLES = Path(__file__).parents[1] / "nbs" / "tables"
 
@@ -25,15 +26,20 @@ def sentences():
     first, third = load_published("davpt_table1"), load_published("davpt_table3_fgvc").set_index("method")
     sup, mae = (first[first.pretraining == p].set_index("method") for p in ("supervised_in21k", "mae_in1k"))
     plus, vpt, fgvc = sup.loc["DA-VPT+"], sup.loc["VPT-Deep"], third.loc["DA-VPT+"]
-    yield f"DA-VPT+ reaches {plus.fgvc:.2f} on FGVC and {plus.vtab:.2f} on VTAB-1k, {plus.fgvc - vpt.fgvc:.2f} and {plus.vtab - vpt.vtab:.2f} above VPT-Deep"
+    yield (f"DA-VPT+ reaches {plus.fgvc:.2f} on FGVC and {plus.vtab:.2f} on VTAB-1k, {plus.fgvc - vpt.fgvc:.2f} and "
+           f"{plus.vtab - vpt.vtab:.2f} above VPT-Deep")
     yield f"(VTAB-1k: {', '.join(f'{mae.vtab[m]:.2f}' for m in ('DA-VPT+', 'Full'))} and {mae.vtab['VPT-Deep']:.2f})"
     yield f"is {plus.vtab - sup.vtab['DA-VPT']:.2f} below DA-VPT+ on VTAB-1k"
     others, own = third[~third.own], third.loc["VPT-baseline-own"]
     assert third["mean"].idxmax() == "DA-VPT+" and len(third) == 15
-    yield (f"Best mean of all fifteen methods, {fgvc['mean']:.2f}, with {fgvc.params:.2f} M parameters; on CUB {fgvc.cub200 - others.cub200.max():.1f} and on Cars "
-           f"{fgvc.stanford_cars - others.stanford_cars.max():.1f} above")
+    yield (
+        f"Best mean of all fifteen methods, {fgvc['mean']:.2f}, with {fgvc.params:.2f} M parameters; on CUB "
+        f"{fgvc.cub200 - others.cub200.max():.1f} and on Cars "
+        f"{fgvc.stanford_cars - others.stanford_cars.max():.1f} above"
+    )
     tasks = load_published("davpt_table3_fgvc").attrs["groups"]["fine_grained"]
-    yield f"already has {own['mean']:.2f} (its five numbers average {own[tasks].astype(float).mean():.2f}): {own['mean'] - third['mean']['VPT-Deep']:.1f} above the quoted VPT-Deep"
+    yield (f"already has {own['mean']:.2f} (its five numbers average {own[tasks].astype(float).mean():.2f}): "
+           f"{own['mean'] - third['mean']['VPT-Deep']:.1f} above the quoted VPT-Deep")
     yield f"Of the {fgvc['mean'] - third['mean']['VPT-Deep']:.1f} points between VPT-Deep and DA-VPT+"
     yield f"the losses another ({third['mean']['DA-VPT']:.2f})"
     dogs = third.stanford_dogs

@@ -1,4 +1,5 @@
-"DA-VPT's report: rows of every profile, printed numbers from the files, what is not run, pictures; and attention maps against a softmax by hand."
+("DA-VPT's report: rows of every profile, printed numbers from the files, what is not run, pictures; and attention maps against a softmax "
+ "by hand.")
 import copy
 import re
 from dataclasses import replace
@@ -9,16 +10,46 @@ import pytest
 import torch
 from test_ship import sharp_vit
 
-from hierprompt.ablations import build_ablation
-from hierprompt.attention import attention_maps, plot_attention
-from hierprompt.davpt_figures import FLAT, SERIES, composition_remarks, figure_study, key_bias_remarks, map_runs, plot_mapping, plot_study
-from hierprompt.davpt_report import (PRETRAININGS, RELEASED, bias_costs, conflict_remarks, devices, parameter_remarks, pretraining_of, prompts_per_block,
-                                     rows_1, rows_9, study_3, study_4, study_7, study_page, table_1, table_3, table_4, table_7, table_9)
-from hierprompt.figures import save_figure
-from hierprompt.profiles import load_profile, resolve
-from hierprompt.results import example_metrics, load_published
-from hierprompt.tables import NOT_RUN, task_groups
-from hierprompt.tuned import tune
+from hierprompt.engine.tuned import tune
+from hierprompt.papers.davpt import (
+    PRETRAININGS,
+    RELEASED,
+    bias_costs,
+    conflict_remarks,
+    devices,
+    parameter_remarks,
+    pretraining_of,
+    prompts_per_block,
+    rows_1,
+    rows_9,
+    study_3,
+    study_4,
+    study_7,
+    study_page,
+    table_1,
+    table_3,
+    table_4,
+    table_7,
+    table_9,
+)
+from hierprompt.papers.davpt_figures import (
+    FLAT,
+    SERIES,
+    composition_remarks,
+    figure_study,
+    key_bias_remarks,
+    map_runs,
+    plot_mapping,
+    plot_study,
+)
+from hierprompt.pipeline.profiles import load_profile
+from hierprompt.pipeline.resolve import resolve
+from hierprompt.results.ablations import build_ablation
+from hierprompt.results.attention import attention_maps, plot_attention
+from hierprompt.results.figures import save_figure
+from hierprompt.results.metrics import example_metrics
+from hierprompt.results.published import load_published
+from hierprompt.results.tables import NOT_RUN, task_groups
 
 ROOT = Path(__file__).parents[1]
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
@@ -30,7 +61,11 @@ STUDIES = {"table_3": study_3, "table_4": study_4, "table_7": study_7} | {name: 
 def put(root, variant, task="cards", acc=60.0, profile="laptop", backbone="embedded_vit_small_patch14", **changes):
     "A made-up cell; its best look is one point above its last."
     group = task_groups([task])[task][1]
-    cell = replace(example_metrics(variant, task, group, acc=[acc], gap=1.0, **changes), profile=profile, backbone={"name": backbone, "sha256": "0" * 64})
+    cell = replace(
+        example_metrics(variant, task, group, acc=[acc], gap=1.0, **changes),
+        profile=profile,
+        backbone={"name": backbone, "sha256": "0" * 64},
+    )
     cell.write(root / profile / "runs" / cell.cell / "metrics.json")
 
 
@@ -56,7 +91,8 @@ def test_every_row_that_a_profile_asks_for_has_its_place(profile):
 
 def test_the_reference_profile_has_every_row_of_ours():
     blocks = resolved("reference")["tables"]["reference-davpt"]["blocks"]
-    for name in (*SERIES, "table_4", "table_7"): assert {s.variant for s in STUDIES[name]().steps} == set(blocks[name]["variants"]) | set(FLAT.get(name, {}).values()), name
+    for name in (*SERIES, "table_4", "table_7"):
+        assert {s.variant for s in STUDIES[name]().steps} == set(blocks[name]["variants"]) | set(FLAT.get(name, {}).values()), name
 
 
 @pytest.mark.parametrize("profile", ["smoke", "laptop", "paper_davpt_mae"])   # few blocks, most blocks, another pretraining
@@ -77,8 +113,10 @@ def test_nothing_was_run(tmp_path, profile):
 
 # printed numbers
 
-@pytest.mark.parametrize("study, name, columns, printed", [(study_3, "davpt_table3_fgvc", {"fine_grained": "mean"}, 15), (study_4, "davpt_table4", {}, 8),
-                                                           (study_7, "davpt_table7", {}, 6)])
+@pytest.mark.parametrize(
+    "study, name, columns, printed",
+    [(study_3, "davpt_table3_fgvc", {"fine_grained": "mean"}, 15), (study_4, "davpt_table4", {}, 8), (study_7, "davpt_table7", {}, 6)],
+)
 def test_studies_hold_the_files_numbers(study, name, columns, printed):
     study, rows = study(), load_published(name)
     steps = [s for s in study.steps if s.printed]
@@ -91,7 +129,10 @@ def test_pages_print_two_digits_where_the_paper_does(tmp_path):
     part = table_4("laptop", None, tmp_path).parts[""]
     rows = load_published("davpt_table4")
     assert part["Natural, DA-VPT Table 4"].tolist() == [f"{x:.2f}" for x in rows.natural]
-    assert part["printed, ms per image"].tolist() == [f"{x:.2f}" for x in rows.ms_per_image] and part["printed, GB"].astype(float).tolist() == rows.memory_gb.tolist()
+    assert (
+        part["printed, ms per image"].tolist() == [f"{x:.2f}" for x in rows.ms_per_image]
+        and part["printed, GB"].astype(float).tolist() == rows.memory_gb.tolist()
+    )
     ticks = part[["L(x, p)", "L(p, cls)", "bias"]].eq("✓")
     assert ticks.values.tolist() == rows[["patch", "cls", "bias"]].values.tolist()
     third = table_3("laptop", None, tmp_path).parts[""]
@@ -117,13 +158,17 @@ def test_tables_1_and_9_have_the_printed_rows(pretraining, printed_lines):
     for rows, name in ((rows_1, "davpt_table1"), (rows_9, "davpt_appendix_vtab_per_task")):
         printed = load_published(name).query("pretraining == @pretraining").method.tolist()
         assert [next(iter(row.published.values())) for row in rows(pretraining) if row.variant != "dvpt"] == printed
-    assert printed_lines.mean_of_groups[pretraining].tolist() == load_published("davpt_table1").query("pretraining == @pretraining").vtab.tolist()
+    assert (
+        printed_lines.mean_of_groups[pretraining].tolist()
+        == load_published("davpt_table1").query("pretraining == @pretraining").vtab.tolist()
+    )
 
 
 @pytest.mark.parametrize("name", ["davpt_table1", "davpt_table3_fgvc", "davpt_table4", "davpt_table7", "davpt_appendix_vtab_per_task"])
 def test_every_conflict_is_below_its_page(name):
     said = " ".join(conflict_remarks(name))
-    for c in load_published(name).attrs["conflicts"]: assert c["note"] in said and f"printed {c['printed']:g}, against {c['recomputed']:g}" in said
+    for c in load_published(name).attrs["conflicts"]:
+        assert c["note"] in said and f"printed {c['printed']:g}, against {c['recomputed']:g}" in said
 
 
 # parameters
@@ -131,7 +176,10 @@ def test_every_conflict_is_below_its_page(name):
 def test_what_the_printed_counts_allow():
     costs = bias_costs().set_index("table")
     assert (round(costs["least, M"].max(), 4), round(costs["most, M"].min(), 3)) == (0.0224, 0.030)
-    assert costs["key, value (18,432)"].eq("fits").tolist() == [False, True, False, True, True, False] and costs["query, key, value (27,648)"].eq("fits").all()
+    assert (
+        costs["key, value (18,432)"].eq("fits").tolist() == [False, True, False, True, True, False]
+        and costs["query, key, value (27,648)"].eq("fits").all()
+    )
     assert [round(p, 1) for p in prompts_per_block(0.30, 180_407.4)] == [12.4, 13.5]   # the baseline's 0.36 M has 20
     assert len(parameter_remarks("1")) == 4 and len(parameter_remarks("3")) == 3 and len(parameter_remarks("4")) == 2
 
@@ -139,7 +187,8 @@ def test_what_the_printed_counts_allow():
 # ours
 
 def test_ours_stand_in_the_block_of_their_backbone(tmp_path):
-    for task in load_published("davpt_appendix_vtab_per_task").attrs["groups"]["specialized"]: put(tmp_path, "da_vpt", task, 80.0, "paper", MAE)
+    for task in load_published("davpt_appendix_vtab_per_task").attrs["groups"]["specialized"]:
+        put(tmp_path, "da_vpt", task, 80.0, "paper", MAE)
     tasks = load_published("davpt_appendix_vtab_per_task").attrs["groups"]["specialized"]
     page = table_1("paper", MAE, ["da_vpt"], tasks, tmp_path)
     assert list(page.parts)[2].endswith("MAE, ImageNet-1k") and "Ours run on vit_base_patch16_224.mae" in page.remarks[0]
@@ -173,10 +222,12 @@ def test_table_9_subtracts_task_by_task(tmp_path):
 
 
 def test_rows_of_table_3_are_compared_by_their_own_backbone_and_protocol(tmp_path):
-    for variant, backbone in (("vpt_deep", ORIG), ("bias", AUGREG), ("da_vpt", AUGREG)): put(tmp_path, variant, "cub200", 90.0, "paper", backbone)
+    for variant, backbone in (("vpt_deep", ORIG), ("bias", AUGREG), ("da_vpt", AUGREG)):
+        put(tmp_path, variant, "cub200", 90.0, "paper", backbone)
     page = table_3("paper", {"variants": ["vpt_deep", "bias", "da_vpt"], "tasks": ["cub200"]}, tmp_path)
     part = page.parts[""].set_index("Row")["cub200, DA-VPT Table 3"]
-    assert part[["VPT-Deep", "Bias", "DA-VPT", "DA-VPT+"]].tolist() == ["88.5 (+1.5)", "88.4", "90.2 (+0.8)", "90.8"]   # last epoch, other weights, best test epoch
+    # last epoch, other weights, best test epoch
+    assert part[["VPT-Deep", "Bias", "DA-VPT", "DA-VPT+"]].tolist() == ["88.5 (+1.5)", "88.4", "90.2 (+0.8)", "90.8"]
     assert f"- No difference: Bias ran on {AUGREG}, DA-VPT Table 3 on {ORIG}." in page._repr_markdown_()
 
 
@@ -185,7 +236,9 @@ def test_time_and_memory_are_measured_and_labelled(tmp_path):
     put(tmp_path, "da_vpt", images_per_second=40.0, peak_memory_mb=None)
     part = table_4("laptop", {"variants": ["dvpt", "da_vpt"], "tasks": ["cards"]}, tmp_path).parts[""]
     times, memory = part.columns[-2:]
-    assert part[times].tolist() == ["20.00", NOT_RUN, NOT_RUN, "25.00"] + [NOT_RUN] * 4 and part[memory].tolist() == ["1.00"] + [NOT_RUN] * 7
+    assert (
+        part[times].tolist() == ["20.00", NOT_RUN, NOT_RUN, "25.00"] + [NOT_RUN] * 4 and part[memory].tolist() == ["1.00"] + [NOT_RUN] * 7
+    )
     assert "(cpu)" in times
     assert devices(tmp_path, "laptop", ["dvpt-cards"]) == "cpu" and devices(tmp_path, "laptop", ["da_vpt-flags"]) == NOT_RUN
 
@@ -201,11 +254,13 @@ def test_gains_of_ours_and_a_row_that_the_paper_lacks(tmp_path):
 # figures
 
 def test_figure_4a_draws_what_was_run(tmp_path):
-    for variant, acc in {"da_only_1": 60.0, "da_only_8": 62.0, "da_vpt": 63.0, "da_from_4": 61.0, "dvpt": 58.0}.items(): put(tmp_path, variant, acc=acc)
+    for variant, acc in {"da_only_1": 60.0, "da_only_8": 62.0, "da_vpt": 63.0, "da_from_4": 61.0, "dvpt": 58.0}.items():
+        put(tmp_path, variant, acc=acc)
     axes = plot_study(figure(tmp_path, "fig_4a", "cards"), "fig_4a").axes[0]
     colours, lines = {"C0": "one", "C3": "from"}, {}
     for line in axes.lines:
-        if line.get_color() in colours and line.get_linestyle() == "-": lines[colours[line.get_color()]] = (list(line.get_xdata()), list(line.get_ydata()))
+        if line.get_color() in colours and line.get_linestyle() == "-":
+            lines[colours[line.get_color()]] = (list(line.get_xdata()), list(line.get_ydata()))
     assert lines == {"one": ([1, 8, 12], [60, 62, 63]), "from": ([4, 12], [61, 63])}
     assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [58]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "2\nnot run", "4", "6\nnot run", "8", "10\nnot run", "12"]
@@ -214,10 +269,14 @@ def test_figure_4a_draws_what_was_run(tmp_path):
 def test_a_series_without_runs_says_so(tmp_path):
     put(tmp_path, "dvpt_mean", "cards")
     axes = plot_study(figure(tmp_path, "fig_4d", "cards", "flags"), "fig_4d").axes
-    assert [t.get_text() for t in axes[0].get_legend().get_texts()] == ["DA-VPT: not run", "VPT"] and [t.get_text() for t in axes[1].texts] == [NOT_RUN]
+    assert [t.get_text() for t in axes[0].get_legend().get_texts()] == ["DA-VPT: not run", "VPT"] and [
+        t.get_text() for t in axes[1].texts
+    ] == [NOT_RUN]
 
 
-@pytest.mark.parametrize("acc, words", [(60.0, "+0.00 points, as softmax demands"), (60.5, "+0.50 points; softmax allows rounding alone"), (None, NOT_RUN)])
+@pytest.mark.parametrize(
+    "acc, words", [(60.0, "+0.00 points, as softmax demands"), (60.5, "+0.50 points; softmax allows rounding alone"), (None, NOT_RUN)]
+)
 def test_the_control_of_figure_4b_says_what_was_measured(tmp_path, acc, words):
     put(tmp_path, "da_vpt", acc=60.0)
     if acc: put(tmp_path, "da_b_k", acc=acc)
@@ -226,7 +285,9 @@ def test_the_control_of_figure_4b_says_what_was_measured(tmp_path, acc, words):
 
 def test_composition_is_put_into_words(tmp_path):
     for variant, acc in {"ship": 60.0, "ship_da": 61.0}.items(): put(tmp_path, variant, "emoji", acc)
-    assert composition_remarks(figure(tmp_path, "ship", "emoji")) == ["emoji: what guidance adds to SHIP: +1.00 points; what hierarchies add to DA-VPT: not run."]
+    assert composition_remarks(figure(tmp_path, "ship", "emoji")) == [
+        "emoji: what guidance adds to SHIP: +1.00 points; what hierarchies add to DA-VPT: not run."
+    ]
 
 
 def test_mapping_times_of_the_runs_that_have_them(tmp_path):
@@ -285,7 +346,8 @@ def test_maps_are_a_softmax_by_hand(method, settings):
     if method == "da_vpt":
         for part in "qkv":
             for bias in getattr(model.tuner, f"{part}_bias"): bias.add_(torch.randn(bias.shape, generator=torch.Generator().manual_seed(1)))
-        for i, block in enumerate(twin.blocks): block.attn.qkv.bias.copy_(torch.cat([getattr(model.tuner, f"{part}_bias")[i] for part in "qkv"]))
+        for i, block in enumerate(twin.blocks):
+            block.attn.qkv.bias.copy_(torch.cat([getattr(model.tuner, f"{part}_bias")[i] for part in "qkv"]))
     x = model.host.embed(model.normalise(IMAGES))
     prompts = {"linear": [x[:1, :0]] * 3}.get(method) or [p.view(1, -1, x.shape[2]) for p in (list(model.tuner.prompts) * 3)[:3]]
     maps = attention_maps(model.train(), IMAGES)
@@ -307,7 +369,10 @@ def test_a_backbone_without_class_token_is_refused():
 
 def test_the_positive_prompt_has_a_frame_in_the_guided_block_alone(tmp_path):
     vit = sharp_vit(depth=3)
-    models = {"VPT-Deep": tune(vit, "vpt_deep", 7, normalize="imagenet", num_tokens=3), "DA-VPT": tune(vit, "da_vpt", 7, normalize="imagenet", num_tokens=3, num_guided=4, fill_to=0)}
+    models = {
+        "VPT-Deep": tune(vit, "vpt_deep", 7, normalize="imagenet", num_tokens=3),
+        "DA-VPT": tune(vit, "da_vpt", 7, normalize="imagenet", num_tokens=3, num_guided=4, fill_to=0),
+    }
     a, b = plot_attention(IMAGES, models, {"DA-VPT": torch.tensor([2, 0, 1])}, names=["x", "y", "z"])
     framed = [i for i, axes in enumerate(a.axes) if axes.spines["left"].get_linewidth() == 2]
     assert len(a.axes) == 4 * 6 and framed == [3 * 6 + 2 + 2] and len(b.axes) == 3 * 4

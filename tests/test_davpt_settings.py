@@ -6,12 +6,11 @@ from functools import cache
 
 import pytest
 
-from hierprompt.data.tasks import list_tasks
-from hierprompt.methods.davpt_settings import AS_RELEASED, PRETRAININGS, SETTINGS
-from hierprompt.methods.davpt_settings import released_settings as read_released
-from hierprompt.recipes import recipe
-from hierprompt.results import PUBLISHED, published_index
-from hierprompt.tuned import method_config
+from hierprompt.data.benchmarks import list_tasks
+from hierprompt.engine.tuned import method_config
+from hierprompt.papers.davpt_settings import AS_RELEASED, PRETRAININGS, SETTINGS, released_settings as read_released
+from hierprompt.results.published import PUBLISHED, published_index
+from hierprompt.training.recipes import recipe
 
 ENTRY = published_index()["davpt_settings"]
 with open(PUBLISHED/"davpt_settings.csv", newline="") as file: ROWS = list(csv.DictReader(file))
@@ -39,7 +38,9 @@ def entry(config, legacy=False):
 
 @pytest.mark.parametrize("legacy", PRESETS)
 def test_every_number_of_every_file_arrives(legacy):
-    columns = {"N": "num_tokens", "r": "sim_scale", "dyn": "map_update_from"} | ({} if legacy else {"M": "num_guided", "w_patch": "patch_weight", "w_cls": "cls_weight"})
+    columns = {"N": "num_tokens", "r": "sim_scale", "dyn": "map_update_from"} | (
+        {} if legacy else {"M": "num_guided", "w_patch": "patch_weight", "w_cls": "cls_weight"}
+    )
     rates = {"lr": "lr", "wd": "weight_decay", "wd_head": "head_weight_decay", "dp": "drop_path"}
     for row in ROWS:
         found = released_settings(row["pretraining"], legacy)[row["task"]]
@@ -47,7 +48,11 @@ def test_every_number_of_every_file_arrives(legacy):
         assert {c: found["config"][field] for c, field in columns.items()} == {c: float(value(row, c)) for c in columns}, row["config"]
         assert {c: found["recipe"][field] for c, field in rates.items()} == {c: float(value(row, c)) for c in rates}, row["config"]
         config = found["config"]
-        assert (config["vpt_norm"], config["prompt_mask"], config["init_scale"]) == (value(row, "pnorm"), value(row, "mask") == "1", 0.125 if row["div8"] == "1" else 1.0)
+        assert (config["vpt_norm"], config["prompt_mask"], config["init_scale"]) == (
+            value(row, "pnorm"),
+            value(row, "mask") == "1",
+            0.125 if row["div8"] == "1" else 1.0,
+        )
         if not legacy: assert config["guided_layers"] == list(range(int(value(row, "start")), 12)), row["config"]
 
 
@@ -79,13 +84,16 @@ def test_only_mae_is_read_out_by_the_mean():
 
 def test_released_features_are_left_to_the_preset():
     for settings in released_settings("mae_in1k").values(): assert not AS_RELEASED.keys() & settings["config"].keys()
-    assert AS_RELEASED == dict(patch_feature="input_mean", prompt_feature="raw", cls_feature="query", prompt_feature_cls="raw")   # D1, D2, D3
+    # D1, D2, D3
+    assert AS_RELEASED == dict(patch_feature="input_mean", prompt_feature="raw", cls_feature="query", prompt_feature_cls="raw")
 
 
 def test_batches_that_the_release_reads_from_legacy_keys():
     for legacy in PRESETS:
         changed = {row["config"]: entry(row["config"], legacy)["recipe"] for row in ROWS}
-        assert {c: (r["batch_size"], r["samples_per_class"]) for c, r in changed.items() if "batch_size" in r or "samples_per_class" in r} == {"fgvc/vitb_dogs": (64, 4)}
+        assert {
+            c: (r["batch_size"], r["samples_per_class"]) for c, r in changed.items() if "batch_size" in r or "samples_per_class" in r
+        } == {"fgvc/vitb_dogs": (64, 4)}
 
 
 def test_without_legacy_keys_five_files_train_without_losses_and_with_them_all_have_both():
@@ -104,20 +112,38 @@ def test_legacy_depths_and_counts(config, blocks, guided, weight):
     assert (found["guided_layers"], found["num_guided"], found["patch_weight"]) == (blocks, guided, weight)
 
 
-@pytest.mark.parametrize("config, patch, prompt, cls_prompt", [
-    ("fgvc/mae_birds", "input_mean", "raw", "raw"), ("fgvc/vitb_bird", "input_mean", "raw", "raw"), ("vtab/mae_dtd", "key_mean", "query", "key"),
-    ("vtab/vitb_dtd", "input_mean", "query", "raw"), ("fgvc/moco_birds", "topk_cls_attn", "raw", "raw"),
-    ("fgvc/moco_cub200", "input_mean", "query", "raw"), ("vtab/vitb_cifar100", "key_mean", "query", "key")])
+@pytest.mark.parametrize(
+    "config, patch, prompt, cls_prompt",
+    [
+        ("fgvc/mae_birds", "input_mean", "raw", "raw"),
+        ("fgvc/vitb_bird", "input_mean", "raw", "raw"),
+        ("vtab/mae_dtd", "key_mean", "query", "key"),
+        ("vtab/vitb_dtd", "input_mean", "query", "raw"),
+        ("fgvc/moco_birds", "topk_cls_attn", "raw", "raw"),
+        ("fgvc/moco_cub200", "input_mean", "query", "raw"),
+        ("vtab/vitb_cifar100", "key_mean", "query", "key"),
+    ],
+)
 def test_legacy_features(config, patch, prompt, cls_prompt):
     found = entry(config, True)["config"]
-    assert (found["patch_feature"], found["prompt_feature"], found["cls_feature"], found["prompt_feature_cls"]) == (patch, prompt, "query", cls_prompt)
+    assert (found["patch_feature"], found["prompt_feature"], found["cls_feature"], found["prompt_feature_cls"]) == (
+        patch,
+        prompt,
+        "query",
+        cls_prompt,
+    )
 
 
 def test_composed_patches_come_from_where_the_file_says():
     composed = {row["config"]: entry(row["config"], True)["config"] for row in ROWS if "headcomp" in keys(row)}
     assert {name: c.get("topk_from") for name, c in composed.items()} == {
-        "fgvc/mae_dogs": "input", "fgvc/moco_birds": "key", "fgvc/moco_dogs": "key", "fgvc/vitb_dogs": "input", "fgvc/vitb_flowers": "input",
-        "fgvc/moco_cub200": None}   # whose positives are means over all patches
+        "fgvc/mae_dogs": "input",
+        "fgvc/moco_birds": "key",
+        "fgvc/moco_dogs": "key",
+        "fgvc/vitb_dogs": "input",
+        "fgvc/vitb_flowers": "input",
+        "fgvc/moco_cub200": None,
+    }  # whose positives are means over all patches
     assert {(c["topk"], c["topk_heads"]) for c in composed.values() if "topk" in c} == {(1, "composed")}
 
 
@@ -128,6 +154,13 @@ def test_tasks_without_a_file_have_the_most_frequent_values_of_their_family():
         for task in absent:
             found = released_settings(pretraining)[task]
             assert found["source"] == f"most frequent values of {pretraining}, vtab"
-            for column, number in (("lr", found["recipe"]["lr"]), ("wd", found["recipe"]["weight_decay"]), ("N", found["config"]["num_tokens"]), ("w_cls", found["config"]["cls_weight"])):
+            for column, number in (
+                ("lr", found["recipe"]["lr"]),
+                ("wd", found["recipe"]["weight_decay"]),
+                ("N", found["config"]["num_tokens"]),
+                ("w_cls", found["config"]["cls_weight"]),
+            ):
                 counts = Counter(float(value(row, column)) for row in family)
-                assert counts[number] == max(counts.values()) and number == min(v for v, n in counts.items() if n == max(counts.values())), (task, column)
+                assert counts[number] == max(counts.values()) and number == min(
+                    v for v, n in counts.items() if n == max(counts.values())
+                ), (task, column)

@@ -12,13 +12,26 @@ from open_clip.transformer import TextTransformer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hierprompt import embedded_clip as ec
+from hierprompt.backbones.embedded_vit import build_embedded
+from hierprompt.clip import embedded_clip as ec
+from hierprompt.clip.embedded_architecture import TAPS, EmbeddedCLIP, TappedViT, encode_text
+from hierprompt.clip.locked_image_tuning import (
+    LockedModel,
+    LockedRecipe,
+    Pictures,
+    Strings,
+    contrastive,
+    draw_batch,
+    fit_projection,
+    locked_loss,
+    packed_text,
+    pooled,
+    ranks,
+    score,
+    train_locked,
+)
 from hierprompt.core import digest, rng, sha256_file, write_json
-from hierprompt.data.packs import read_pack
-from hierprompt.embedded_vit import build_embedded
-from hierprompt.locked_image import (LockedModel, LockedRecipe, Pictures, Strings, contrastive, draw_batch, fit_projection, locked_loss,
-                                     packed_text, pooled, ranks, score, train_locked)
-from hierprompt.towers import TAPS, EmbeddedCLIP, TappedViT, encode_text
+from hierprompt.data.embedded.packs import read_pack
 
 ROOT = Path(__file__).parents[1]
 VIT = ROOT / "data/backbones/embedded_vit_small_patch14.safetensors"
@@ -39,7 +52,9 @@ def clip(vit_file): return ec.load_embedded_clip(56, vit_file)
 
 
 def small_vit(depth=4):
-    return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=depth, num_heads=3, num_classes=0, reg_tokens=0).eval()
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=depth, num_heads=3, num_classes=0, reg_tokens=0
+    ).eval()
 
 
 def small_text(vocab=60, context=16):
@@ -72,10 +87,16 @@ def test_tapped_vit_is_brute_force(taps):
 
 def test_the_default_taps_are_the_specifications():
     tower = TappedViT(small_vit(12))
-    assert tower.taps == TAPS == (("cls", 10), ("mean", 8), ("mean", 10)) and tower.proj.weight.shape == (192, 3 * 48) and len(tower.trunk.blocks) == 11
+    assert (
+        tower.taps == TAPS == (("cls", 10), ("mean", 8), ("mean", 10))
+        and tower.proj.weight.shape == (192, 3 * 48)
+        and len(tower.trunk.blocks) == 11
+    )
 
 
-@pytest.mark.parametrize("taps, message", [((("cls", 4),), "block index 4, but the trunk has 4 blocks"), ((("max", 1),), "unknown pooling 'max'")])
+@pytest.mark.parametrize(
+    "taps, message", [((("cls", 4),), "block index 4, but the trunk has 4 blocks"), ((("max", 1),), "unknown pooling 'max'")]
+)
 def test_bad_taps(taps, message):
     with pytest.raises(ValueError, match=message): TappedViT(small_vit(), 20, taps)
 
@@ -85,7 +106,8 @@ def test_short_and_packed_texts_equal_the_whole_context(lengths):
     tower, rows = small_text(), rows_of(lengths)
     ids = torch.tensor([row + [0] * (16 - len(row)) for row in rows])
     with torch.no_grad():
-        for found in (encode_text(tower, ids), packed_text(tower, rows)): torch.testing.assert_close(found, tower(ids), rtol=1e-5, atol=1e-5)
+        for found in (encode_text(tower, ids), packed_text(tower, rows)):
+            torch.testing.assert_close(found, tower(ids), rtol=1e-5, atol=1e-5)
 
 
 def test_packed_gradients_are_those_of_the_whole_context():
@@ -104,7 +126,9 @@ def test_logits_are_scaled_cosines():
     images, ids = torch.randn(2, 3, 32, 32), torch.tensor([row + [0] * 8 for row in rows_of((6, 6))])
     with torch.no_grad():
         image, text = clip.encode_image(images), clip.encode_text(ids)
-        torch.testing.assert_close(clip(images, ids), np.exp(1.5) * F.cosine_similarity(image[:, None], text[None], dim=-1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            clip(images, ids), np.exp(1.5) * F.cosine_similarity(image[:, None], text[None], dim=-1), rtol=1e-4, atol=1e-5
+        )
         for raw, unit in ((image, clip.encode_image(images, normalize=True)), (text, clip.encode_text(ids, normalize=True))):
             torch.testing.assert_close(F.normalize(raw, dim=-1), unit)
 
@@ -116,8 +140,12 @@ def test_contrastive_by_hand():
     positive = torch.eye(4, dtype=torch.bool)
     positive[0, 2] = positive[2, 0] = True
     logits = 5 * F.cosine_similarity(image[:, None], text[None], dim=-1)
-    both = [-(matrix.log_softmax(1)[i][right[i]].mean()) for matrix, right in ((logits, positive), (logits.T, positive.T)) for i in range(4)]
-    torch.testing.assert_close(contrastive(image, text, positive, torch.tensor(5.0)).double(), torch.stack(both).mean(), rtol=1e-5, atol=1e-6)
+    both = [
+        -(matrix.log_softmax(1)[i][right[i]].mean()) for matrix, right in ((logits, positive), (logits.T, positive.T)) for i in range(4)
+    ]
+    torch.testing.assert_close(
+        contrastive(image, text, positive, torch.tensor(5.0)).double(), torch.stack(both).mean(), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +177,8 @@ def test_the_training_step_still_trains(toy):
     model, history = train_locked(pictures, strings, [([7], [8, 9])], SMALL, seed=0)
     assert np.mean(history[-5:]) < 0.6 * history[0]
     weight, bias = model.folded()
-    with torch.no_grad(): torch.testing.assert_close(pictures.features[:, 0] @ weight.T + bias, model.image(pictures.features[:, 0]), rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(pictures.features[:, 0] @ weight.T + bias, model.image(pictures.features[:, 0]), rtol=1e-3, atol=1e-3)
     again, _ = train_locked(pictures, strings, [([7], [8, 9])], SMALL, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 
@@ -200,7 +229,9 @@ def test_no_clip_art_carries_the_name_of_a_held_out_concept(about):
 
 def test_strict_names_share_no_word_with_clip_art(about):
     assert set(about["held_out"]["strict"]) <= set(about["held_out"]["objects"]) <= set(about["held_out"]["concepts"])
-    titles = {word for place in about["training"]["openclipart"] for word in re.split("[^a-z]+", place.split("/")[-1].split("_")[0].lower())}
+    titles = {
+        word for place in about["training"]["openclipart"] for word in re.split("[^a-z]+", place.split("/")[-1].split("_")[0].lower())
+    }
     assert not titles & {word for name in about["held_out"]["strict"] for word in words(name)}
 
 
@@ -240,8 +271,11 @@ def test_the_committed_model_names_held_out_drawings(about, clip):
     model, tokenizer = clip
     pack, objects = read_pack("emoji"), about["held_out"]["objects"]
     place = {"".join(words(name)): i for i, name in enumerate(objects)}
-    chosen = [(i, place["".join(words(c.replace("_", " ")))]) for i, (c, v) in enumerate(zip(pack.columns["concept"].tolist(), pack.columns["vendor"].tolist()))
-              if "".join(words(c.replace("_", " "))) in place and v != "twemoji"]
+    chosen = [
+        (i, place["".join(words(c.replace("_", " ")))])
+        for i, (c, v) in enumerate(zip(pack.columns["concept"].tolist(), pack.columns["vendor"].tolist()))
+        if "".join(words(c.replace("_", " "))) in place and v != "twemoji"
+    ]
     images = torch.stack([pixels(pack.images[i], model.visual) for i, _ in chosen])
     with torch.no_grad():
         names = sum(model.encode_text(tokenizer([p.format(n) for n in objects]), normalize=True) for p in about["prompts"])
@@ -252,7 +286,9 @@ def test_the_committed_model_names_held_out_drawings(about, clip):
 
 def pixels(image, visual, size=56):
     mean, std = (torch.tensor(visual.trunk.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-    return (torch.from_numpy(np.array(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255 - mean) / std
+    return (
+        torch.from_numpy(np.array(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255 - mean
+    ) / std
 
 
 # ---------------------------------------------------------------- the file
@@ -274,7 +310,8 @@ def test_both_sizes_have_their_own_projection(vit_file, clip):
 
 @pytest.mark.parametrize("size", [224, 98, 57, 0])
 def test_other_sizes_are_refused(size):
-    with pytest.raises(ValueError, match=f"image_size={size}: the embedded CLIP has projections for 112 and 56 pixels only"): ec.load_embedded_clip(size)
+    with pytest.raises(ValueError, match=f"image_size={size}: the embedded CLIP has projections for 112 and 56 pixels only"):
+        ec.load_embedded_clip(size)
 
 
 @pytest.fixture
@@ -312,13 +349,23 @@ def test_a_missing_vit_says_how_to_make_it(tmp_path):
 def test_class_names_of_the_tasks_are_writable(clip, pack):
     _, tokenizer = clip
     for name in read_pack(pack).columns["class_names"].tolist():
-        for template in ("{}", "a photo of a {}.", "a picture of a {}", "{} texture.", "X X X X {}."): assert tokenizer(template.format(name)).shape == (1, 16)
+        for template in ("{}", "a photo of a {}.", "a picture of a {}", "{} texture.", "X X X X {}."):
+            assert tokenizer(template.format(name)).shape == (1, 16)
 
 
 def test_templates_and_climate_words_are_writable(clip):
     _, tokenizer = clip
-    for text in ("a photo of a {}, a type of pet.", "a photo of a {}, a type of flower.", "a photo of a {}, a type of aircraft.", "a centered satellite photo of {}.", "a photo of {}, a type of food.",
-                 "a photo of a person doing {}.", "a type of pet, a photo of a {}.", "a texture of {}.", "a satellite photo of {}."):
+    for text in (
+        "a photo of a {}, a type of pet.",
+        "a photo of a {}, a type of flower.",
+        "a photo of a {}, a type of aircraft.",
+        "a centered satellite photo of {}.",
+        "a photo of {}, a type of food.",
+        "a photo of a person doing {}.",
+        "a type of pet, a photo of a {}.",
+        "a texture of {}.",
+        "a satellite photo of {}.",
+    ):
         for word in ("tropical", "arid", "desert", "temperate", "cold", "continental", "snow", "polar", "ice"): tokenizer(text.format(word))
 
 

@@ -1,12 +1,12 @@
 """The engine against timm's own forward and against the straightforward form of each prompt method."""
-import reference
 import pytest
+import reference
 import timm
 import torch
 
-from hierprompt.engine import Context, Engine, Segment, Tuner
-from hierprompt.hosts import as_host
-from hierprompt.tuned import tune
+from hierprompt.engine.block_loop import Context, Engine, Segment, Tuner
+from hierprompt.engine.hosts import as_host
+from hierprompt.engine.tuned import tune
 
 SMALL = dict(depth=4, embed_dim=96, num_heads=3, img_size=32, patch_size=8, num_classes=7)
 ARCHITECTURES = {

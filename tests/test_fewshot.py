@@ -1,4 +1,4 @@
-"Few-shot draws against a slow loop on Python's global generator, the container of several seeds, and the sentences of specification 4.3."
+"Few-shot draws against a slow loop on Python's global generator, the container of several seeds, and the sentences of Adapt spec 4.3."
 import random
 
 import pytest
@@ -11,7 +11,7 @@ LABELS = [random.Random(5).choice([7, 0, 3, 3, 3, 1]) for _ in range(90)] + [2, 
 
 
 def slow(train, val, shots, seed):
-    "What specification 4.2 says, one item at a time, on the global generator."
+    "What Adapt spec 4.2 says, one item at a time, on the global generator."
     random.seed(seed)
     found = []
     for labels, n in ((train, shots), (val, min(shots, 4))):
@@ -33,7 +33,10 @@ def make(shots, seeds=SEEDS, val=True):
     few = plan(items, lists, shots, seeds)
     def split(part, keep):
         labels = lists.get(part, LABELS)
-        return Split(torch.tensor(keep, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2).contiguous(), torch.tensor([labels[i] for i in keep]))
+        return Split(
+            torch.tensor(keep, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2).contiguous(),
+            torch.tensor([labels[i] for i in keep]),
+        )
     parts = {part: split(part, keep) for part, keep in few.keep.items()}
     return Task("demo", "demo", [f"c_{i}" for i in range(8)], **parts, test=split("train", [0]), source={"fewshot": few.about})
 
@@ -138,13 +141,28 @@ def test_defaults_are_the_tables():
 
 
 def test_templates_are_the_specification():
-    zero_shot = {"oxford_pets": "a photo of a {}, a type of pet.", "oxford_flowers": "a photo of a {}, a type of flower.",
-                 "fgvc_aircraft": "a photo of a {}, a type of aircraft.", "dtd": "{} texture.", "eurosat": "a centered satellite photo of {}.",
-                 "food101": "a photo of {}, a type of food.", "ucf101": "a photo of a person doing {}.", "stanford_cars": "a photo of a {}.",
-                 "sun397": "a photo of a {}.", "caltech101": "a photo of a {}.", "imagenet": "a photo of a {}."}
-    prograd = {"oxford_pets": "a type of pet, a photo of a {}.", "oxford_flowers": "a type of flower, a photo of a {}.",
-               "fgvc_aircraft": "a type of aircraft, a photo of a {}.", "dtd": "a texture of {}.", "eurosat": "a centered satellite photo of {}.",
-               "food101": "a type of food, a photo of {}.", "ucf101": "a photo of a person doing {}."}
+    zero_shot = {
+        "oxford_pets": "a photo of a {}, a type of pet.",
+        "oxford_flowers": "a photo of a {}, a type of flower.",
+        "fgvc_aircraft": "a photo of a {}, a type of aircraft.",
+        "dtd": "{} texture.",
+        "eurosat": "a centered satellite photo of {}.",
+        "food101": "a photo of {}, a type of food.",
+        "ucf101": "a photo of a person doing {}.",
+        "stanford_cars": "a photo of a {}.",
+        "sun397": "a photo of a {}.",
+        "caltech101": "a photo of a {}.",
+        "imagenet": "a photo of a {}.",
+    }
+    prograd = {
+        "oxford_pets": "a type of pet, a photo of a {}.",
+        "oxford_flowers": "a type of flower, a photo of a {}.",
+        "fgvc_aircraft": "a type of aircraft, a photo of a {}.",
+        "dtd": "a texture of {}.",
+        "eurosat": "a centered satellite photo of {}.",
+        "food101": "a type of food, a photo of {}.",
+        "ucf101": "a photo of a person doing {}.",
+    }
     assert {key: t.zero_shot for key, t in TEMPLATES.items()} == zero_shot
     assert {key: t.prograd for key, t in TEMPLATES.items()} == {key: prograd.get(key, "a photo of a {}.") for key in zero_shot}
     assert {key: t.kgcoop for key, t in TEMPLATES.items()} == {**zero_shot, "dtd": "a photo of a {}, a type of texture."}

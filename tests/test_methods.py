@@ -7,9 +7,9 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from hierprompt.accounting import count_macs, count_parameters
-from hierprompt.registry import list_methods, tuner_class
-from hierprompt.tuned import TunedModel, load_tuned, tune
+from hierprompt.engine.accounting import count_macs, count_parameters
+from hierprompt.engine.registry import list_methods, tuner_class
+from hierprompt.engine.tuned import TunedModel, load_tuned, tune
 
 METHODS = list_methods("vit")
 CASES = [(m, p) for m in METHODS for p in tuner_class(m).presets]
@@ -152,7 +152,14 @@ def test_lora_equals_loralib(vit):
         model.tuner.b.normal_(std=0.2)
         for i, block in enumerate(theirs.blocks):
             layer = loralib.Linear(64, 192, r=4, lora_alpha=4, lora_dropout=0.1)
-            layer.load_state_dict({"weight": block.attn.qkv.weight, "bias": block.attn.qkv.bias, "lora_A": model.tuner.a[i, 0], "lora_B": model.tuner.b[i].flatten(0, 1)})
+            layer.load_state_dict(
+                {
+                    "weight": block.attn.qkv.weight,
+                    "bias": block.attn.qkv.bias,
+                    "lora_A": model.tuner.a[i, 0],
+                    "lora_B": model.tuner.b[i].flatten(0, 1),
+                }
+            )
             block.attn.qkv = layer
         floats = torch.randn(4, 3, 32, 32)
         assert (theirs.eval()(floats) - model.features(floats)).abs().max() < 1e-5
@@ -160,7 +167,7 @@ def test_lora_equals_loralib(vit):
 
 @pytest.mark.parametrize("preset", tuner_class("lora").presets)
 def test_lora_merges(preset, vit):
-    from hierprompt.methods.lora import merge_lora
+    from hierprompt.methods.vit.lora import merge_lora
     model, floats = tune(vit, "lora", 3, preset=preset, rank=4, scale=0.5), torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         model.tuner.b.normal_(std=0.2)

@@ -17,18 +17,21 @@ import yaml
 from clone import ROOT, dvc, environment, make_clone, pipeline
 from nbformat.v4 import new_code_cell, new_notebook
 
-from hierprompt.backbones import load_backbone
-from hierprompt.cells import cell_candidates, cell_hash, cell_settings
-from hierprompt.clip import load_clip
+from hierprompt.backbones.pretrained import load_backbone
+from hierprompt.clip.model import load_clip
 from hierprompt.core import read_json
 from hierprompt.data.tasks import Task
-from hierprompt.pipeline import LEVELS, leftovers, main, selected, stages
-from hierprompt.methods.davpt_settings import released_settings
-from hierprompt.profiles import load_profile, resolve
-from hierprompt.registry import method_modules
-from hierprompt.results import load_published
-from hierprompt.training import evaluate
-from hierprompt.tuned import load_tuned
+from hierprompt.engine.registry import method_code
+from hierprompt.engine.tuned import load_tuned
+from hierprompt.papers.davpt_settings import released_settings
+from hierprompt.pipeline.cell_settings import cell_candidates, cell_hash, cell_settings
+from hierprompt.pipeline.command_line import main
+from hierprompt.pipeline.interruption import leftovers
+from hierprompt.pipeline.profiles import load_profile
+from hierprompt.pipeline.resolve import resolve
+from hierprompt.pipeline.stages import LEVELS, selected, stages
+from hierprompt.results.published import load_published
+from hierprompt.training.loop import evaluate
 
 TINY = {"base": "smoke", "data": {"train": 32, "val": 16, "test": 32}, "recipe": {"epochs": 2}, "variants": {"linear": {"keep": False}},
         "tables": {"baselines": {"variants": ["linear", "vpt_deep"]}, "ship": {"blocks": {"table_1": {"variants": ["ship", "vpt_deep"]}}},
@@ -56,7 +59,9 @@ def with_profile(folder, name, values):
 def timeless(metrics):
     "A metrics record without what differs from run to run."
     diagnostics = {key: value for key, value in metrics["diagnostics"].items() if key not in ("map_seconds", "test_seconds")}
-    return {key: value for key, value in metrics.items() if key not in ("seconds", "images_per_second", "peak_memory_mb")} | {"diagnostics": diagnostics}
+    return {key: value for key, value in metrics.items() if key not in ("seconds", "images_per_second", "peak_memory_mb")} | {
+        "diagnostics": diagnostics
+    }
 
 
 def results(folder, profile):
@@ -101,9 +106,15 @@ def test_outside_of_the_project_the_command_says_so(tmp_path, monkeypatch, capsy
 
 
 def test_notebook_that_fails_in_the_middle_leaves_no_result(here):
-    notebook = write_notebook(here/"n.ipynb", "variant = 'linear'", "print('before')", "raise ValueError('the loss is NaN')", "open('metrics.json', 'w').write('{}')")
+    notebook = write_notebook(
+        here / "n.ipynb",
+        "variant = 'linear'",
+        "print('before')",
+        "raise ValueError('the loss is NaN')",
+        "open('metrics.json', 'w').write('{}')",
+    )
     Path("out.ipynb").write_text("an older result")
-    done = subprocess.run([sys.executable, "-m", "hierprompt.pipeline", "run", notebook, "--out", "out.ipynb", "-p", "variant=lora"],
+    done = subprocess.run([sys.executable, "-m", "hierprompt", "run", notebook, "--out", "out.ipynb", "-p", "variant=lora"],
                           capture_output=True, text=True, env=environment(ROOT))
     assert done.returncode == 1
     assert "ValueError: the loss is NaN" in done.stderr.splitlines()[-1] and "before" in done.stdout
@@ -113,8 +124,12 @@ def test_notebook_that_fails_in_the_middle_leaves_no_result(here):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_notebook_leaves_no_result_and_no_kernel(here, number):
-    notebook = write_notebook(here/"n.ipynb", "seconds = 60", "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(seconds)\nopen('metrics.json', 'w')")
-    process = subprocess.Popen([sys.executable, "-m", "hierprompt.pipeline", "run", notebook, "--out", "out.ipynb"],
+    notebook = write_notebook(
+        here / "n.ipynb",
+        "seconds = 60",
+        "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(seconds)\nopen('metrics.json', 'w')",
+    )
+    process = subprocess.Popen([sys.executable, "-m", "hierprompt", "run", notebook, "--out", "out.ipynb"],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(ROOT))
     kernel = int(wait_for(lambda: Path("pid").exists() and Path("pid").read_text()))
     process.send_signal(number)
@@ -124,8 +139,10 @@ def test_an_interrupted_notebook_leaves_no_result_and_no_kernel(here, number):
 
 
 def test_a_notebook_stops_when_its_parent_is_killed(here):
-    notebook = write_notebook(here/"n.ipynb", "seconds = 60", "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(seconds)")
-    shell = f"{sys.executable} -m hierprompt.pipeline run {notebook} --out out.ipynb; true"
+    notebook = write_notebook(
+        here / "n.ipynb", "seconds = 60", "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(seconds)"
+    )
+    shell = f"{sys.executable} -m hierprompt run {notebook} --out out.ipynb; true"
     process = subprocess.Popen(["sh", "-c", f"{shell}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(ROOT))
     kernel = int(wait_for(lambda: Path("pid").exists() and Path("pid").read_text()))
     process.kill()
@@ -162,7 +179,8 @@ def running(pid):
     ({"tasks": {"emoji": {"trian": 3}}}, "unknown key 'trian'"),
     ({"tasks": {"emojis": {"train": 3}}}, "unknown task or benchmark 'emojis'"),
     ({"base": "labtop"}, "Did you mean 'laptop'?"),
-    ({"variants": {"vpt_deep": {"grid": {"config.num_token": [1, 2]}}}}, "unknown key 'num_token' = 1 in configuration of 'vpt_deep'. Did you mean 'num_tokens'?"),
+    ({"variants": {"vpt_deep": {"grid": {"config.num_token": [1, 2]}}}}, "unknown key 'num_token' = 1 in configuration of 'vpt_deep'. Did "
+                                                                         "you mean 'num_tokens'?"),
     ({"variants": {"vpt_deep": {"grid": {"config.num_tokens": [1, "two"]}}}}, "num_tokens = 'two' is not of type int"),
     ({"variants": {"ship": {"grid": {"config.threshold": [0.9, 1.5]}}}}, "threshold = 1.5 is not in (0, 1]"),
     ({"variants": {"vpt_deep": {"grid": {"config.": [1, 2]}}}}, "unknown key ''"),
@@ -193,7 +211,9 @@ def running(pid):
     ({"clip": {"pretrained": "openai"}}, "give the tag of the weights for a model of open_clip, and none for embedded_clip"),
     ({"backbone": {"name": "tiny_random", "image_size": 32}}, "clip.name = 'embedded_clip' needs the ViT 'embedded_vit_small_patch14'"),
     ({"shots": "all"}, "shots = 'all' is not of type int"),
-    ({"tables": {"adapt": {"blocks": {"fig_3": {"variants": ["adapt_t64"], "tasks": ["emoji"]}}}}}, "cell adapt_t64-emoji: method 'adapt' tunes a CLIP and wants a task of coop or embedded_clip"),
+    ({"tables": {"adapt": {"blocks": {"fig_3": {"variants": ["adapt_t64"], "tasks": ["emoji"]}}}}}, "cell adapt_t64-emoji: method 'adapt' "
+                                                                                                    "tunes a CLIP and wants a task of "
+                                                                                                    "coop or embedded_clip"),
     ({"tables": {"baselines": {"tasks": ["clip_emoji"]}}}, "method 'full' tunes a ViT and wants an ordinary task, 'clip_emoji' is none"),
     ({"tasks": {"clip_emoji": {"root": "/data"}}}, "task 'clip_emoji' is embedded and has no folder"),
     ({"variants": {"adapt": {"config": {"targets": 3}}}}, "unknown key 'targets' = 3 in configuration of 'adapt'. Did you mean 'target'?"),
@@ -204,7 +224,8 @@ def running(pid):
     ({"seg_recipe": {"epochs": 3}}, "unknown key 'epochs' = 3"),
     ({"variants": {"seg_vpt": {"grid": {"optimiser": ["sgd"]}}}}, "optimiser"),
     ({"tables": {"baselines": {"tasks": ["seg_climate"]}}}, "method 'full' tunes a ViT and wants an ordinary task, 'seg_climate' is none"),
-    ({"tables": {"segmentation": {"blocks": {"table_2": {"tasks": ["emoji"]}}}}}, "recipe 'ade20k' trains a segmentor and wants a task of mmseg or embedded_seg, 'emoji' is none"),
+    ({"tables": {"segmentation": {"blocks": {"table_2": {"tasks": ["emoji"]}}}}}, "recipe 'ade20k' trains a segmentor and wants a task of "
+                                                                                  "mmseg or embedded_seg, 'emoji' is none"),
     ({"tasks": {"seg_climate": {"root": "/data"}}}, "task 'seg_climate' is embedded and has no folder"),
     ({"variants": {"seg_vpt": {"head_init": "vpt"}}}, "a segmentor has no classifier")])
 def test_a_profile_with_a_mistake_is_refused_and_changes_nothing(here, capsys, change, message):
@@ -245,11 +266,20 @@ def test_cells_are_those_of_the_blocks(name):
         assert table["variants"] == list(dict.fromkeys(v for block in blocks for v in block["variants"]))
         assert table["tasks"] == list(dict.fromkeys(t for block in blocks for t in block["tasks"]))
         if table["table"] == "baselines": assert table["blocks"].keys() == {"baselines"}
-    cells = {f"{name}-{v}-{t}" for table in params["tables"].values() for block in table["blocks"].values() for v in block["variants"] for t in block["tasks"]}
+    cells = {
+        f"{name}-{v}-{t}"
+        for table in params["tables"].values()
+        for block in table["blocks"].values()
+        for v in block["variants"]
+        for t in block["tasks"]
+    }
     assert {*params["cells"], *params["clip_cells"], *params["seg_cells"]} == cells
     assert {stage.split("run@")[1] for stage in selected(params, None)["run"]} == cells
     for kind in ("clip", "seg"):
-        assert all(stage.startswith(f"stages/{kind}/dvc.yaml:") == (stage.split("run@")[1] in params[f"{kind}_cells"]) for stage in selected(params, None)["run"])
+        assert all(
+            stage.startswith(f"stages/{kind}/dvc.yaml:") == (stage.split("run@")[1] in params[f"{kind}_cells"])
+            for stage in selected(params, None)["run"]
+        )
 
 
 def test_a_variant_on_another_one_changes_what_it_names(tmp_path):
@@ -276,17 +306,37 @@ def test_paper_profile_holds_the_winners_and_the_run_matrix_of_ship():
     sizes = {name: (len(b["variants"]), len(b["tasks"])) for name, b in params["tables"]["paper-ship"]["blocks"].items()}
     assert sizes == {"table_1": (7, 19), "table_2": (6, 2), "table_2_more": (1, 1), "table_3": (9, 7), "table_4": (13, 1)}
     assert cell_settings(params, "paper", "sip_more", "cifar100")["config"]["num_tokens"] == 70
-    released, literal = (resolve(load_profile(name, ROOT/"profiles")) for name in ("paper_ship", "paper"))     # D8: nothing but the preprocessing differs
-    assert (released["data"]["preprocess"], literal["data"]["preprocess"], list(released["tables"])) == ("ship", "paper", ["paper_ship-ship"])
-    assert released["tables"]["paper_ship-ship"] == literal["tables"]["paper-ship"] and released["variants"].items() <= literal["variants"].items()
+    # D8: nothing but the preprocessing differs
+    released, literal = (resolve(load_profile(name, ROOT/"profiles")) for name in ("paper_ship", "paper"))
+    assert (released["data"]["preprocess"], literal["data"]["preprocess"], list(released["tables"])) == (
+        "ship",
+        "paper",
+        ["paper_ship-ship"],
+    )
+    assert (
+        released["tables"]["paper_ship-ship"] == literal["tables"]["paper-ship"]
+        and released["variants"].items() <= literal["variants"].items()
+    )
 
 
 def test_published_settings_lie_below_what_the_profile_says(tmp_path):
-    "Per task: the released file's values, then those of the benchmark's entry, then the task's; values of the variant that no file names stay."
+    """Per task: the released file's values, then those of the benchmark's entry, then the task's; values of the variant that no file
+    names stay."""
     shutil.copytree(ROOT/"profiles", tmp_path/"profiles")
-    own = {"base": "da_vpt_released", "config": {"dropout": 0.25, "num_tokens": 3}, "tasks": {"vtab": {"recipe": {"lr": 0.5}}, "dtd": {"recipe": {"lr": 0.75}, "config": {"num_guided": 7}}}}
-    (tmp_path/"profiles"/"mine.yaml").write_text(yaml.safe_dump({
-        "base": "paper_davpt", "variants": {"mine": own}, "tables": {"davpt": None, "mine": {"variants": ["mine"], "tasks": ["vtab", "cub200"]}}}))
+    own = {
+        "base": "da_vpt_released",
+        "config": {"dropout": 0.25, "num_tokens": 3},
+        "tasks": {"vtab": {"recipe": {"lr": 0.5}}, "dtd": {"recipe": {"lr": 0.75}, "config": {"num_guided": 7}}},
+    }
+    (tmp_path / "profiles" / "mine.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "base": "paper_davpt",
+                "variants": {"mine": own},
+                "tables": {"davpt": None, "mine": {"variants": ["mine"], "tasks": ["vtab", "cub200"]}},
+            }
+        )
+    )
     params, files = resolve(load_profile("mine", tmp_path/"profiles")), released_settings("supervised_in21k")
     cells = params["cells"]
     rates = {task: cells[f"mine-mine-{task}"]["recipe"]["lr"] for task in ("cub200", "svhn", "dtd")}
@@ -317,18 +367,35 @@ def test_variants_that_no_table_shows_are_checked_and_left_out(tmp_path):
     assert set(params["variants"]) == {cell["variant"] for cell in (params["cells"] | params["clip_cells"] | params["seg_cells"]).values()}
 
 
-def test_baselines_and_ship_consist_of_one_module_each():
-    assert {m: method_modules(m) for m in ("full", "vpt_deep", "adapter", "lora", "ship")} == {
-        "full": ["filters"], "vpt_deep": ["vpt"], "adapter": ["adapter"], "lora": ["lora"], "ship": ["ship"]}
-    assert "davpt" not in method_modules("da_vpt_ship") and {"davpt", "guidance", "proxies"} <= set(method_modules("da_vpt"))
-    with pytest.raises(KeyError, match="unknown method 'da_vtp'"): method_modules("da_vtp")
+def test_a_method_is_its_folder_or_module_and_what_it_is_built_on():
+    methods = "hierprompt/methods"
+    assert {m: method_code(m) for m in ("full", "vpt_deep", "ship", "da_vpt", "da_vpt_ship", "adapt", "coop", "lamm", "maple")} == {
+        "full": [f"{methods}/vit/full_linear_bias.py"],
+        "vpt_deep": [f"{methods}/vit/vpt.py"],
+        "ship": [f"{methods}/ship"],
+        "da_vpt": [f"{methods}/davpt"],
+        "da_vpt_ship": [f"{methods}/davpt", f"{methods}/ship"],
+        "adapt": [f"{methods}/adapt"],
+        "coop": [f"{methods}/clip/coop.py"],
+        "lamm": [f"{methods}/clip/lamm.py", f"{methods}/clip/coop.py"],
+        "maple": [f"{methods}/clip/maple.py", f"{methods}/clip/vpt.py"],
+    }
+    cells = resolved("laptop")["cells"]
+    assert (cells["laptop-ship_da-fashion_mnist"]["code"], cells["laptop-ship_da-fashion_mnist"]["base"]) == (
+        f"{methods}/davpt",
+        f"{methods}/ship",
+    )
+    with pytest.raises(KeyError, match="unknown method 'da_vtp'"): method_code("da_vtp")
 
 
-# DA-VPT's run matrix (its specification, section 5)
+# DA-VPT's run matrix (DA-VPT spec 5)
 
 NATURAL = ["cifar100", "caltech101", "dtd", "oxford_flowers102", "oxford_iiit_pet", "svhn", "sun397"]
-WHICH = {"table_3": ["dvpt", "da_vpt", "da_vpt_plus"], "table_4": ["dvpt", "da_patch", "da_cls", "da_vpt", "plus_none", "plus_patch", "plus_cls", "da_vpt_plus"],
-         "table_7": ["dvpt", "da_vpt", "da_conn", "da_gate", "da_pnca", "da_pnca_rel", "da_triplet"]}
+WHICH = {
+    "table_3": ["dvpt", "da_vpt", "da_vpt_plus"],
+    "table_4": ["dvpt", "da_patch", "da_cls", "da_vpt", "plus_none", "plus_patch", "plus_cls", "da_vpt_plus"],
+    "table_7": ["dvpt", "da_vpt", "da_conn", "da_gate", "da_pnca", "da_pnca_rel", "da_triplet"],
+}
 
 
 def blocks_of(name, table="davpt"): return resolved(name)["tables"][f"{name}-{table}"]["blocks"]
@@ -342,17 +409,32 @@ def test_rows_of_da_vpts_tables(name):
     variants = load_profile(name, ROOT/"profiles").variants
     for variant, row in zip(WHICH["table_4"], published.itertuples()):   # the ticks of the printed rows, in their order
         config = variants[variant].config
-        assert (config.get("patch_weight", 1) > 0, config.get("cls_weight", 1) > 0, config.get("bias_set") == "kv") == (row.patch, row.cls, row.bias), variant
-    assert {v: variants[v].config[key] for v, key in (("da_conn", "connection"), ("da_gate", "connection"), ("da_pnca", "metric"), ("da_triplet", "metric"))} == \
-        {"da_conn": "fixed", "da_gate": "gate", "da_pnca": "pnca", "da_triplet": "triplet"}
+        assert (config.get("patch_weight", 1) > 0, config.get("cls_weight", 1) > 0, config.get("bias_set") == "kv") == (
+            row.patch,
+            row.cls,
+            row.bias,
+        ), variant
+    assert {
+        v: variants[v].config[key]
+        for v, key in (("da_conn", "connection"), ("da_gate", "connection"), ("da_pnca", "metric"), ("da_triplet", "metric"))
+    } == {"da_conn": "fixed", "da_gate": "gate", "da_pnca": "pnca", "da_triplet": "triplet"}
 
 
 def test_tasks_of_da_vpts_tables_in_the_papers_profile():
     tasks = {key: block["tasks"] for key, block in blocks_of("paper_davpt").items()}
-    assert len(tasks["table_1"]) == 24 and tasks["table_4"] == [*NATURAL, "cub200"] and tasks["table_7"] == ["cub200", "stanford_cars", "nabirds", *NATURAL]
-    assert tasks["table_3"] == [t for t in tasks["table_1"] if t in ("cub200", "nabirds", "oxford_flowers", "stanford_dogs", "stanford_cars")]
-    for name in ("paper_davpt_mae", "paper_davpt_moco"): assert {key: block["tasks"] for key, block in blocks_of(name).items()} == {k: tasks[k] for k in ("table_1", "fig_4a")}
-    assert {key: block["variants"] for key, block in blocks_of("paper_davpt_released").items()} == {"table_1": ["da_vpt_released", "da_vpt_legacy"]}
+    assert (
+        len(tasks["table_1"]) == 24
+        and tasks["table_4"] == [*NATURAL, "cub200"]
+        and tasks["table_7"] == ["cub200", "stanford_cars", "nabirds", *NATURAL]
+    )
+    assert tasks["table_3"] == [
+        t for t in tasks["table_1"] if t in ("cub200", "nabirds", "oxford_flowers", "stanford_dogs", "stanford_cars")
+    ]
+    for name in ("paper_davpt_mae", "paper_davpt_moco"):
+        assert {key: block["tasks"] for key, block in blocks_of(name).items()} == {k: tasks[k] for k in ("table_1", "fig_4a")}
+    assert {key: block["variants"] for key, block in blocks_of("paper_davpt_released").items()} == {
+        "table_1": ["da_vpt_released", "da_vpt_legacy"]
+    }
 
 
 @pytest.mark.parametrize("name", ["laptop", "reference", "paper_davpt", "paper_davpt_mae"])
@@ -363,11 +445,21 @@ def test_points_of_da_vpts_figures(name):
         mode, first = variant.split("_")[1], int(variant.split("_")[2]) - 1
         assert layers == ([first] if mode == "only" else list(range(first, 12))), variant
     firsts = [4] if name == "laptop" else [1, 2, 4, 6, 8, 10]
-    assert set(points) == {f"da_{mode}_{first}" for mode in ("only", "from") for first in firsts} and "da_vpt" in blocks["fig_4a"]["variants"]
+    assert (
+        set(points) == {f"da_{mode}_{first}" for mode in ("only", "from") for first in firsts} and "da_vpt" in blocks["fig_4a"]["variants"]
+    )
     if name in ("reference", "paper_davpt"): assert len(blocks["fig_4b"]["variants"]) == 12 and len(blocks["fig_4d"]["variants"]) == 8
 
 
-@pytest.mark.parametrize("name, pretraining", [("paper_davpt", "supervised_in21k"), ("paper_davpt_released", "supervised_in21k"), ("paper_davpt_mae", "mae_in1k"), ("paper_davpt_moco", "mocov3_in1k")])
+@pytest.mark.parametrize(
+    "name, pretraining",
+    [
+        ("paper_davpt", "supervised_in21k"),
+        ("paper_davpt_released", "supervised_in21k"),
+        ("paper_davpt_mae", "mae_in1k"),
+        ("paper_davpt_moco", "mocov3_in1k"),
+    ],
+)
 def test_da_vpts_released_settings_reach_their_cells(name, pretraining):
     params = resolved(name)
     for variant, preset, legacy in (("da_vpt_released", "released", False), ("da_vpt_legacy", "released_legacy", True)):
@@ -436,7 +528,9 @@ def test_a_cell_tells_losses_apart_and_counts_what_was_trained(tiny):
 def test_a_cell_on_clip_chooses_on_its_own_few_images(tiny):
     found = {cell: record for cell, (record, _) in results(tiny, "tiny").items()}
     plain, pruned = found["zsclip-clip_fashion"], found["adapt_adaptive-clip_fashion"]
-    assert plain["parameters"]["with_head"] == 0 and "fixed settings; 4 shots at most, 40 training images of 10 classes" in plain["protocol"]
+    assert (
+        plain["parameters"]["with_head"] == 0 and "fixed settings; 4 shots at most, 40 training images of 10 classes" in plain["protocol"]
+    )
     assert "chosen per seed from 2 settings on 40 validation images" in pruned["protocol"]
     chosen, left = pruned["diagnostics"]["chosen"], pruned["diagnostics"]["masks"]
     assert [c["target"] for c in chosen] == [pruned["config"]["target"]] and chosen[0]["target"] in (8, 12)
@@ -451,7 +545,9 @@ def test_a_cell_on_clip_chooses_on_its_own_few_images(tiny):
 def test_models_are_kept_where_the_profile_says_so(tiny):
     models = tiny/"results/tiny/models"
     assert {m.name: sorted(file.name for file in m.iterdir()) for m in models.iterdir()} == {
-        "linear-emoji": ["README.md"], **dict.fromkeys(["vpt_deep-emoji", "ship-emoji", "da_vpt-emoji", *ADAPT], ["config.json", "tuned.safetensors"])}
+        "linear-emoji": ["README.md"],
+        **dict.fromkeys(["vpt_deep-emoji", "ship-emoji", "da_vpt-emoji", *ADAPT], ["config.json", "tuned.safetensors"]),
+    }
     vit = load_backbone("tiny_random", file=tiny/"data/backbones/tiny_random.safetensors", image_size=32)
     record, test = results(tiny, "tiny")["da_vpt-emoji"][0], Task.load(tiny/"data/tasks/tiny/emoji.safetensors").test
     assert evaluate(load_tuned(models/"da_vpt-emoji", vit), test) == pytest.approx(record["acc"][-1])
@@ -488,18 +584,20 @@ def test_a_module_reaches_only_the_stages_that_use_it(tiny):
             (tiny/module).write_text(text + "\n# edited\n")
             return {name.split("@")[1] for name in json.loads(dvc(tiny, "status", "--json"))}
         finally: (tiny/module).write_text(text)
-    assert stale_after("hierprompt/methods/filters.py") == {"tiny-linear-emoji"}
-    assert stale_after("hierprompt/methods/lora.py") == set()
-    assert stale_after("hierprompt/pipeline.py") == set()
-    assert stale_after("hierprompt/methods/adapter.py") == set()
+    assert stale_after("hierprompt/methods/vit/full_linear_bias.py") == {"tiny-linear-emoji"}
+    assert stale_after("hierprompt/methods/vit/lora.py") == set()
+    assert stale_after("hierprompt/pipeline/repro.py") == set()
+    assert stale_after("hierprompt/methods/vit/adapter.py") == set()
+    assert stale_after("hierprompt/pipeline/profiles.py") == set()
     tables = {"tiny-baselines", "tiny-ship", "tiny-davpt", "tiny-adapt"}
-    assert stale_after("hierprompt/tables.py") == tables
-    assert stale_after("hierprompt/methods/ship.py") == {"tiny-ship-emoji", *tables}
-    assert stale_after("hierprompt/methods/pruning.py") == {"tiny-adapt_adaptive-clip_fashion"}
-    assert stale_after("hierprompt/prompted.py") == {f"tiny-{cell}" for cell in ADAPT}
+    assert stale_after("hierprompt/results/tables.py") == tables
+    assert stale_after("hierprompt/methods/ship/ship.py") == {"tiny-ship-emoji", *tables}
+    assert stale_after("hierprompt/methods/adapt/pruning.py") == {"tiny-adapt_adaptive-clip_fashion"}
+    assert stale_after("hierprompt/clip/prompted.py") == {f"tiny-{cell}" for cell in ADAPT}
     assert stale_after("hierprompt/seg/loop.py") == set()
-    assert stale_after("hierprompt/registry.py") == set()   # a method more makes no run of another one stale
-    assert stale_after("hierprompt/methods/guidance.py") == {"tiny-da_vpt-emoji", *tables}   # a module of DA-VPT that its cells' method does not name
+    assert stale_after("hierprompt/methods/names.py") == set()   # a method more makes no run of another one stale
+    # a module of DA-VPT that its cells' method does not name
+    assert stale_after("hierprompt/methods/davpt/guidance.py") == {"tiny-da_vpt-emoji", *tables}
 
 
 def test_another_profile_and_back_keeps_what_is_finished(tiny):
@@ -517,7 +615,12 @@ def test_a_failing_stage_is_named_and_later_levels_do_not_start(tiny, tmp_path):
     done = pipeline(folder, "repro", capture_output=True)
     assert done.returncode == 1 and "run@tiny-vpt_deep-emoji  FAILED" in done.stdout and "table@" not in done.stdout
     assert "all 2 candidates diverged" in done.stdout
-    assert {file.parent.name for file in (folder/"results/tiny/runs").glob("*/metrics.json")} == {"linear-emoji", "ship-emoji", "da_vpt-emoji", *ADAPT}
+    assert {file.parent.name for file in (folder / "results/tiny/runs").glob("*/metrics.json")} == {
+        "linear-emoji",
+        "ship-emoji",
+        "da_vpt-emoji",
+        *ADAPT,
+    }
     assert not (folder/"results/tiny/models/vpt_deep-emoji").exists()
     assert (folder/"results/tiny/notebooks/vpt_deep-emoji.failed.ipynb").is_file()
 
@@ -558,8 +661,14 @@ def test_dvc_repro_killed_during_training_saving_and_table_building(tiny, prepar
 
 
 def test_repro_interrupted_with_two_jobs(tiny, prepared):
-    process = subprocess.Popen([sys.executable, "-m", "hierprompt.pipeline", "repro", "--jobs", "2"], cwd=prepared, env=environment(prepared),
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hierprompt", "repro", "--jobs", "2"],
+        cwd=prepared,
+        env=environment(prepared),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     wait_for(lambda: len(list((prepared/"results/tiny/notebooks").glob(".[lv]*-emoji*.tmp.ipynb"))) == 2)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=30)[0]
@@ -587,11 +696,23 @@ def test_paper_profile_on_fixture_trees(tmp_path):
     short = {"epochs": 2, "warmup_epochs": 1, "batch_size": 8}
     few = {task: {"config": {"num_tokens": n}} for task, n in [("cifar100", 2), ("kitti", 3), ("cub200", 1)]}
     variants = {"vpt_deep": {"recipe_changes": short, "grid": {"lr": [0.1, 1.0]}, "tasks": few}}
-    values = {"base": "paper", "threads": 1, "backbone": {"name": "tiny_random", "image_size": 32}, "seeds": [42, 44],
-              "tasks": {"vtab": {"root": str(vtab), "strict": False}, "fgvc": {"root": str(fgvc), "strict": False}},
-              "variants": variants,
-              "tables": {"baselines": {"variants": list(variants), "tasks": ["cifar100", "kitti", "cub200"]},
-                         "ship": {"blocks": {"table_1": {"variants": ["vpt_deep"], "tasks": ["kitti"]}, **dict.fromkeys(["table_2", "table_2_more", "table_3", "table_4"])}}}}
+    values = {
+        "base": "paper",
+        "threads": 1,
+        "backbone": {"name": "tiny_random", "image_size": 32},
+        "seeds": [42, 44],
+        "tasks": {"vtab": {"root": str(vtab), "strict": False}, "fgvc": {"root": str(fgvc), "strict": False}},
+        "variants": variants,
+        "tables": {
+            "baselines": {"variants": list(variants), "tasks": ["cifar100", "kitti", "cub200"]},
+            "ship": {
+                "blocks": {
+                    "table_1": {"variants": ["vpt_deep"], "tasks": ["kitti"]},
+                    **dict.fromkeys(["table_2", "table_2_more", "table_3", "table_4"]),
+                }
+            },
+        },
+    }
     folder = with_profile(make_clone(tmp_path/"hierprompt"), "fixture", values)
     done = pipeline(folder, "repro", capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -609,10 +730,25 @@ def test_adapts_paper_profile_on_a_fixture_tree(tmp_path):
     from test_coop import make
     make(tmp_path/"coop", "eurosat")
     short = {"epochs": 2, "batch_size": 3}
-    values = {"base": "paper_adapt", "threads": 1, "backbone": {"name": "tiny_random", "image_size": 32}, "clip": {"name": "tiny_clip", "image_size": 32, "pretrained": None},
-              "seeds": [1, 2], "shots": 3, "clip_recipe": short, "tasks": {"coop": {"root": str(tmp_path/"coop"), "strict": False}},
-              "variants": {"adapt": {"config": {"num_tokens": 4, "warmup_epochs": 0}}},
-              "tables": {"adapt": {"blocks": {"table_1": {"variants": ["kgcoop", "adapt_t16"], "tasks": ["coop_eurosat"]}, **dict.fromkeys(["table_2", "table_3", "table_4", "fig_3", "ablations"])}}}}
+    values = {
+        "base": "paper_adapt",
+        "threads": 1,
+        "backbone": {"name": "tiny_random", "image_size": 32},
+        "clip": {"name": "tiny_clip", "image_size": 32, "pretrained": None},
+        "seeds": [1, 2],
+        "shots": 3,
+        "clip_recipe": short,
+        "tasks": {"coop": {"root": str(tmp_path / "coop"), "strict": False}},
+        "variants": {"adapt": {"config": {"num_tokens": 4, "warmup_epochs": 0}}},
+        "tables": {
+            "adapt": {
+                "blocks": {
+                    "table_1": {"variants": ["kgcoop", "adapt_t16"], "tasks": ["coop_eurosat"]},
+                    **dict.fromkeys(["table_2", "table_3", "table_4", "fig_3", "ablations"]),
+                }
+            }
+        },
+    }
     values["variants"]["adapt"]["config"]["per_event"] = 8
     folder = with_profile(make_clone(tmp_path/"hierprompt"), "fixture", values)
     done = pipeline(folder, "repro", capture_output=True)
@@ -628,14 +764,21 @@ def test_adapts_paper_profile_on_a_fixture_tree(tmp_path):
 
 
 def test_segmentations_paper_profile_on_fixture_trees(tmp_path):
-    "Both tasks with their own schedules and backgrounds, in MMSegmentation's layouts; a choice between optimizers on pictures that are kept out."
+    """Both tasks with their own schedules and backgrounds, in MMSegmentation's layouts; a choice between optimizers on pictures that are
+    kept out."""
     from seg_trees import make_ade20k_tree, make_pascal_context_tree
     ade, context = make_ade20k_tree(tmp_path/"ade"), make_pascal_context_tree(tmp_path/"context")
     short = {"iterations": 2, "batch_size": 2, "crop": 32, "scale": [40, 32], "stride": 21, "tta_ratios": [1.0], "prepare_crops": 4}
-    values = {"base": "paper_seg", "threads": 1, "backbone": {"name": "tiny_random", "image_size": 32}, "seg": {"name": "tiny_random", "channels": 8, "out_indices": [0, 1, 2, 3]}, "seg_recipe": short,
-              "tasks": {"ade20k": {"root": str(ade), "strict": False}, "pascal_context": {"root": str(context), "strict": False}},
-              "variants": {"seg_vpt": {"config": {"num_tokens": 2}, "grid": {"optimizer": ["sgd", "adamw"], "lr": [1.0e-3]}}},
-              "tables": {"segmentation": {"blocks": {"table_2": {"variants": ["seg_linear", "seg_vpt"], "tasks": ["mmseg"]}}}}}
+    values = {
+        "base": "paper_seg",
+        "threads": 1,
+        "backbone": {"name": "tiny_random", "image_size": 32},
+        "seg": {"name": "tiny_random", "channels": 8, "out_indices": [0, 1, 2, 3]},
+        "seg_recipe": short,
+        "tasks": {"ade20k": {"root": str(ade), "strict": False}, "pascal_context": {"root": str(context), "strict": False}},
+        "variants": {"seg_vpt": {"config": {"num_tokens": 2}, "grid": {"optimizer": ["sgd", "adamw"], "lr": [1.0e-3]}}},
+        "tables": {"segmentation": {"blocks": {"table_2": {"variants": ["seg_linear", "seg_vpt"], "tasks": ["mmseg"]}}}},
+    }
     folder = with_profile(make_clone(tmp_path/"hierprompt"), "fixture", values)
     done = pipeline(folder, "repro", capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -643,17 +786,38 @@ def test_segmentations_paper_profile_on_fixture_trees(tmp_path):
     assert set(found) == {f"{v}-{t}" for v in ("seg_linear", "seg_vpt") for t in ("ade20k", "pascal_context")}
     assert [len(found[f"seg_linear-{t}"]["diagnostics"]["colours"]) for t in ("ade20k", "pascal_context")] == [150, 60]
     chosen = found["seg_vpt-ade20k"]["diagnostics"]["chosen"]
-    assert len(chosen) == 1 and chosen[0]["optimizer"] in ("sgd", "adamw") and "chosen per seed from 2 settings" in found["seg_vpt-ade20k"]["protocol"]
+    assert (
+        len(chosen) == 1
+        and chosen[0]["optimizer"] in ("sgd", "adamw")
+        and "chosen per seed from 2 settings" in found["seg_vpt-ade20k"]["protocol"]
+    )
     assert found["seg_vpt-ade20k"]["parameters"]["prompts"] == 2 * 4 * 64
     page = (folder/"results/fixture/tables/segmentation/table_2.md").read_text()
     assert "| DA-VPT " in page and "not run" in page
     mask = next((ade/"annotations/training").iterdir())
     mask.unlink()
-    done = pipeline(folder, "run", "nbs/runs/seg_data.ipynb", "--out", "data.ipynb", "-p", "profile=fixture", "-p", "task=ade20k", "-p", "params_file=params.yaml", "-p", "out=data/again", capture_output=True)
+    done = pipeline(
+        folder,
+        "run",
+        "nbs/runs/seg_data.ipynb",
+        "--out",
+        "data.ipynb",
+        "-p",
+        "profile=fixture",
+        "-p",
+        "task=ade20k",
+        "-p",
+        "params_file=params.yaml",
+        "-p",
+        "out=data/again",
+        capture_output=True,
+    )
     assert done.returncode == 1 and mask.name in done.stderr     # a missing mask stops before anything trains
 
 
-@pytest.mark.parametrize("profile, setting", [("paper", "tasks.vtab.root"), ("paper_adapt", "tasks.coop.root"), ("paper_seg", "tasks.ade20k.root")])
+@pytest.mark.parametrize(
+    "profile, setting", [("paper", "tasks.vtab.root"), ("paper_adapt", "tasks.coop.root"), ("paper_seg", "tasks.ade20k.root")]
+)
 def test_paper_profiles_without_folder_name_the_setting(tmp_path, profile, setting):
     folder = make_clone(tmp_path/"hierprompt")
     assert pipeline(folder, "profile", profile, capture_output=True).returncode == 0

@@ -6,10 +6,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hierprompt.methods.proxies import METRICS, metric_settings, own_prompts, pnca, pnca_rel, proxy_anchor, similarity, smoothed_lse, triplet
+from hierprompt.methods.davpt.metric_losses import (
+    METRICS,
+    metric_settings,
+    own_prompts,
+    pnca,
+    pnca_rel,
+    proxy_anchor,
+    similarity,
+    smoothed_lse,
+    triplet,
+)
 
-SHAPES = {"some prompts without samples": (12, 5, 8, 3), "every prompt has samples": (20, 4, 16, 4), "more prompts than samples": (3, 10, 6, 10),
-          "one sample": (1, 4, 8, 4), "one dimension": (6, 3, 1, 3), "all of one prompt": (6, 4, 8, 1)}
+SHAPES = {
+    "some prompts without samples": (12, 5, 8, 3),
+    "every prompt has samples": (20, 4, 16, 4),
+    "more prompts than samples": (3, 10, 6, 10),
+    "one sample": (1, 4, 8, 4),
+    "one dimension": (6, 3, 1, 3),
+    "all of one prompt": (6, 4, 8, 1),
+}
 ROUNDING = 2e-5    # float32, relative: exponents reach 36
 
 
@@ -54,7 +70,9 @@ def loop_pnca_rel(X, P, k, alpha=32.0, delta=0.1, r=1.0):
 
 def loop_pnca(X, P, k, alpha=32.0, r=1.0):
     s = cosines(X, P, r)
-    return sum(math.log(sum(math.exp(alpha * s[b][o]) for o in range(len(P)) if o != m)) - alpha * s[b][m] for b, m in enumerate(k.tolist())) / len(X)
+    return sum(
+        math.log(sum(math.exp(alpha * s[b][o]) for o in range(len(P)) if o != m)) - alpha * s[b][m] for b, m in enumerate(k.tolist())
+    ) / len(X)
 
 
 def loop_triplet(X, P, k, mu=0.1, r=1.0, symmetric=False):
@@ -64,9 +82,17 @@ def loop_triplet(X, P, k, mu=0.1, r=1.0, symmetric=False):
     return sum(terms) / max(1, len(terms))
 
 
-LOOPS = [(proxy_anchor, loop_proxy_anchor, {}), (proxy_anchor, loop_proxy_anchor, dict(pos_reduction="all")),
-         (proxy_anchor, loop_proxy_anchor, dict(alpha=5.0, delta=0.3)), (pnca_rel, loop_pnca_rel, {}), (pnca_rel, loop_pnca_rel, dict(alpha=4.0, delta=-0.1)),
-         (pnca, loop_pnca, {}), (pnca, loop_pnca, dict(alpha=3.0)), (triplet, loop_triplet, {}), (triplet, loop_triplet, dict(mu=1.0, symmetric=True))]
+LOOPS = [
+    (proxy_anchor, loop_proxy_anchor, {}),
+    (proxy_anchor, loop_proxy_anchor, dict(pos_reduction="all")),
+    (proxy_anchor, loop_proxy_anchor, dict(alpha=5.0, delta=0.3)),
+    (pnca_rel, loop_pnca_rel, {}),
+    (pnca_rel, loop_pnca_rel, dict(alpha=4.0, delta=-0.1)),
+    (pnca, loop_pnca, {}),
+    (pnca, loop_pnca, dict(alpha=3.0)),
+    (triplet, loop_triplet, {}),
+    (triplet, loop_triplet, dict(mu=1.0, symmetric=True)),
+]
 
 
 @pytest.mark.parametrize("r", [1.0, 5.0, 0.0])
@@ -244,8 +270,10 @@ def test_every_metric_has_the_settings_it_names():
     X, P = X.abs(), P.abs()
     for name, loss in METRICS.items():
         for setting in metric_settings(name):
-            if setting == "pos_reduction": assert close(loss(X, P, k), loss(X, P, k, pos_reduction="all")) == (len(set(k.tolist())) == len(P))
-            else: assert not close(loss(X, P, k), loss(X, P, k, **{setting: other[setting]})), (name, setting)
+            if setting == "pos_reduction":
+                assert close(loss(X, P, k), loss(X, P, k, pos_reduction="all")) == (len(set(k.tolist())) == len(P))
+            else:
+                assert not close(loss(X, P, k), loss(X, P, k, **{setting: other[setting]})), (name, setting)
 
 
 def test_losses_work_on_tensors_without_data():

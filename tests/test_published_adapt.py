@@ -3,8 +3,8 @@ import re
 
 import pytest
 
-from hierprompt.clip_accounting import hook_rows, percent, printed_rows
-from hierprompt.results import load_published, published_index
+from hierprompt.papers.adapt_counts import hook_rows, percent, printed_rows
+from hierprompt.results.published import load_published, published_index
 
 INDEX = {name: entry for name, entry in published_index().items() if name.startswith("adapt")}
 TABLES = {n: load_published(f"adapt_table{n}").set_index("method") for n in (1, 2, 3)}
@@ -53,7 +53,13 @@ def test_bold_entries():
     fixed = FIRST.drop("Adapt (adaptive T)")
     best = fixed[[*DATASETS, "average"]].idxmax()
     assert best.value_counts().to_dict() == {"Adapt (T128)": 7, "ProGrad": 2, "Adapt (T32)": 1, "MaPLe": 2}
-    assert best[["caltech101", "food101", "sun397", "imagenet", "average"]].tolist() == ["Adapt (T32)", "MaPLe", "ProGrad", "ProGrad", "Adapt (T128)"]
+    assert best[["caltech101", "food101", "sun397", "imagenet", "average"]].tolist() == [
+        "Adapt (T32)",
+        "MaPLe",
+        "ProGrad",
+        "ProGrad",
+        "Adapt (T128)",
+    ]
 
 
 def test_rows_that_two_tables_share():
@@ -63,12 +69,18 @@ def test_rows_that_two_tables_share():
 
 
 def test_claims_of_the_text():
-    "Specification 5.1, claims_to_check."
+    "Adapt spec 5.1, claims_to_check."
     ours, others = FIRST.loc["Adapt (T128)"], FIRST[~FIRST.index.str.startswith("Adapt")]
     assert (others.average.max(), ours.average) == (79.83, 81.70)
     gains = (ours[DATASETS] - others[DATASETS].max()).astype(float).round(2)
     assert (gains.eurosat, gains.fgvc_aircraft) == (6.13, 9.63) and gains.max() == 9.63
-    assert [round(drop(c, t), 2) for c, t in (("params", 64), ("params", 32), ("average", 64), ("average", 32), ("fgvc_aircraft", 16))] == [52.37, 77.16, 0.60, 0.61, 19.95]
+    assert [round(drop(c, t), 2) for c, t in (("params", 64), ("params", 32), ("average", 64), ("average", 32), ("fgvc_aircraft", 16))] == [
+        52.37,
+        77.16,
+        0.60,
+        0.61,
+        19.95,
+    ]
 
 
 def test_how_columns_move_with_the_target():
@@ -84,19 +96,26 @@ def test_two_thirds_fewer_parameters_than_unpruned():
 
 
 def test_splits_are_of_the_printed_rows():
-    "Adapt specification 3.2; a percentage with four digits leaves 62 parameters open."
+    "Adapt spec 3.2; a percentage with four digits leaves 62 parameters open."
     assert (SPLITS.image_tokens + SPLITS.text_tokens - SPLITS.target).abs().max() < 1e-9
     assert (SPLITS.image_tokens / SPLITS.target - SPLITS.image_share).abs().max() < 0.0051
     for r in SPLITS.reset_index().itertuples():
         printed = (THIRD if r.score != "snip" else SECOND).loc[r.method]
-        if r.params_error: assert percent(r.params) == pytest.approx(printed.share, abs=percent(r.params_error)) and round(r.params / 1e6, 2) * 1e6 == printed.params
-        else: assert r.params == printed.params
+        if r.params_error:
+            assert (
+                percent(r.params) == pytest.approx(printed.share, abs=percent(r.params_error))
+                and round(r.params / 1e6, 2) * 1e6 == printed.params
+            )
+        else:
+            assert r.params == printed.params
 
 
 def test_adaptive_row_is_not_a_choice_among_the_printed_targets():
     "E8: selection per seed may exceed the best mean a little, not by points."
     gap = (FIRST.loc["Adapt (adaptive T)", DATASETS] - SECOND[DATASETS].max()).astype(float).round(2)
-    assert gap[["food101", "oxford_pets"]].tolist() == [2.10, 1.40] and gap.drop(["food101", "oxford_pets"]).max() == 0.27 and gap.dtd == -0.43
+    assert (
+        gap[["food101", "oxford_pets"]].tolist() == [2.10, 1.40] and gap.drop(["food101", "oxford_pets"]).max() == 0.27 and gap.dtd == -0.43
+    )
 
 
 def test_every_listed_conflict_is_one():

@@ -5,8 +5,9 @@ import statistics
 
 import pytest
 
-from hierprompt.data.tasks import benchmark_tasks, list_tasks
-from hierprompt.results import PUBLISHED, group_means, load_published, mean_of_groups, published_index
+from hierprompt.data.benchmarks import benchmark_tasks, list_tasks
+from hierprompt.results.metrics import group_means, mean_of_groups
+from hierprompt.results.published import PUBLISHED, load_published, published_index
 
 INDEX = {name: entry for name, entry in published_index().items() if name.startswith("davpt")}
 PRETRAININGS = ["supervised_in21k", "mae_in1k", "mocov3_in1k"]
@@ -16,7 +17,7 @@ GROUPS = {task: group for group, tasks in PER_TASK.attrs["groups"].items() for t
 TASKS = benchmark_tasks("vtab") | benchmark_tasks("fgvc")
 SETTINGS = load_published("davpt_settings")
 READ = SETTINGS.fillna(SETTINGS.attrs["defaults"]).fillna({"legacy": ""})  # what the released parser works with
-D, L, BACKBONE = 768, 12, 85_798_656  # ViT-B/16: width, depth, parameters without head (DA-VPT specification, section 2)
+D, L, BACKBONE = 768, 12, 85_798_656  # ViT-B/16: width, depth, parameters without head (DA-VPT spec 2)
 
 
 def legacy(row):
@@ -31,14 +32,16 @@ def prompts(row):
 
 
 def released(row):
-    "Section 2: value, projection, fc2 and second normalisation biases, patch embedding; key, first normalisation, class token where they train."
+    """Section 2: value, projection, fc2 and second normalisation biases, patch embedding; key, first normalisation, class token where
+    they train."""
     return D * (4 * L + 1 + L * int(row.k) + 2 * L * int(row.n1) + int(row.cls))
 
 
 def head(row): return TASKS[row.task].num_classes * (D + 1)
 
 
-def rows_of(pretraining, benchmark): return [r for r in READ.itertuples() if r.pretraining == pretraining and r.config.startswith(benchmark)]
+def rows_of(pretraining, benchmark):
+    return [r for r in READ.itertuples() if r.pretraining == pretraining and r.config.startswith(benchmark)]
 
 
 def mean(count, rows): return statistics.fmean(count(r) for r in rows) / 1e6
@@ -87,8 +90,14 @@ def test_segmentation_parameters():
     "Section 2: decode heads, prompts, key and value biases of ViT-L/16."
     width, depth, heads = 1024, 24, 4_171_414 + 3 * 2_990_742
     printed = SEGMENTATION.set_index("method").params
-    ours = {"Linear": heads, "Bias": heads + 2 * width * depth, "VPT (baseline)": heads + 20 * width * depth, "DA-VPT": heads + 20 * width * depth,
-            "DA-VPT+": heads + 22 * width * depth, "Full-Tuning": 317_291_096}
+    ours = {
+        "Linear": heads,
+        "Bias": heads + 2 * width * depth,
+        "VPT (baseline)": heads + 20 * width * depth,
+        "DA-VPT": heads + 20 * width * depth,
+        "DA-VPT+": heads + 22 * width * depth,
+        "Full-Tuning": 317_291_096,
+    }
     assert heads == 13_143_640 and {m: round(n / 1e6, 1) for m, n in ours.items()} == printed[list(ours)].to_dict()
     assert round(100 * printed["DA-VPT+"] / printed["Full-Tuning"], 1) == 4.3   # as the text says
     assert round((heads + 11 * width * depth + width) / 1e6, 1) == 13.4         # all biases: not the printed row
@@ -190,7 +199,12 @@ def conflicting_values():
     both, whole, plus = fourth.loc["patch + cls"], fourth.loc["patch + cls + bias"], third.loc["DA-VPT+"]
     vpt, da = seventh.loc["VPT (baseline)"], seventh.loc["DA-VPT"]
     four, seven = "davpt_table4", "davpt_table7"
-    for key in (("mae_in1k", "VPT-Deep", 41.73), ("mae_in1k", "GateVPT", 53.09), ("mocov3_in1k", "VPT-Deep", 65.90), ("mocov3_in1k", "DA-VPT+", 73.53)):
+    for key in (
+        ("mae_in1k", "VPT-Deep", 41.73),
+        ("mae_in1k", "GateVPT", 53.09),
+        ("mocov3_in1k", "VPT-Deep", 65.90),
+        ("mocov3_in1k", "DA-VPT+", 73.53),
+    ):
         r = first[key[:2]]
         yield ("davpt_table1", *key[:2], "vtab", key[2]), (r.natural + r.specialized + r.structured) / 3
     tasks = FGVC.attrs["groups"]["fine_grained"]
@@ -213,13 +227,20 @@ def conflicting_values():
     special = PER_TASK.attrs["groups"]["specialized"]
     needed = 4 * first["supervised_in21k", "Full"].specialized - sup.loc["Full", special].drop("eurosat").sum()
     yield ("davpt_appendix_vtab_per_task", "supervised_in21k", "Full", "eurosat", 93.7), needed
-    yield ("davpt_appendix_vtab_per_task", "supervised_in21k", "Adapter", "structured", 32.4), 33.4   # VPT's group mean (baselines specification, 1.8)
+    # VPT's group mean (baselines spec 1.8)
+    yield ("davpt_appendix_vtab_per_task", "supervised_in21k", "Adapter", "structured", 32.4), 33.4
     fgvc = rows_of("supervised_in21k", "fgvc")
-    yield ("davpt_settings", None, "FGVC mean, supervised_in21k", "parameters", plus.params), sum(mean(f, fgvc) for f in (prompts, released, head))
+    yield ("davpt_settings", None, "FGVC mean, supervised_in21k", "parameters", plus.params), sum(
+        mean(f, fgvc) for f in (prompts, released, head)
+    )
 
 
 def test_every_listed_conflict_is_one_and_none_is_missing():
-    listed = {(name, c.get("pretraining"), c["row"], c["column"], c["printed"]): c["recomputed"] for name, e in INDEX.items() for c in e["conflicts"]}
+    listed = {
+        (name, c.get("pretraining"), c["row"], c["column"], c["printed"]): c["recomputed"]
+        for name, e in INDEX.items()
+        for c in e["conflicts"]
+    }
     found = dict(conflicting_values())
     assert found.keys() == listed.keys()
     for key, value in found.items():
@@ -263,7 +284,8 @@ def test_no_cell_is_without_meaning():
     assert set(SETTINGS.columns[SETTINGS.isna().any()]) - {"legacy"} <= set(defaults)
     assert READ.notna().all(axis=None) and all(READ[c].dtype.kind in "if" for c in numbers)
     assert {key for r in READ.itertuples() for key in legacy(r)} == set(SETTINGS.attrs["legacy"])
-    with open(PUBLISHED / "davpt_settings.csv", newline="") as file: assert {len(row) for row in csv.reader(file)} == {len(SETTINGS.columns)}
+    with open(PUBLISHED / "davpt_settings.csv", newline="") as file:
+        assert {len(row) for row in csv.reader(file)} == {len(SETTINGS.columns)}
 
 
 def test_counts_that_the_specification_states():
@@ -278,7 +300,9 @@ def test_counts_that_the_specification_states():
 def test_settings_whose_losses_the_released_parser_switches_off():
     "D24: the weights are in keys that it no longer reads."
     off = READ[(READ.w_patch == 0) & (READ.w_cls == 0)]
-    assert off.config.tolist() == [f"{b}/vitb_{t}" for b, t in (("fgvc", "dogs"), ("fgvc", "flowers"), ("vtab", "caltech101"), ("vtab", "dtd"), ("vtab", "pet"))]
+    assert off.config.tolist() == [
+        f"{b}/vitb_{t}" for b, t in (("fgvc", "dogs"), ("fgvc", "flowers"), ("vtab", "caltech101"), ("vtab", "dtd"), ("vtab", "pet"))
+    ]
     assert {c for c in READ.config if "w_both" in legacy(READ[READ.config == c].iloc[0])} == set(off.config)
     assert READ[READ.r == 0].config.tolist() == ["fgvc/mae_dogs"]   # similarities scaled to 0
     half = READ[(READ.w_patch == 0) != (READ.w_cls == 0)]
@@ -291,8 +315,15 @@ def test_legacy_depths_beyond_the_last_block():
     assert all(int(r.start) + 1 <= L for r in READ.itertuples())
 
 
-@pytest.mark.parametrize("pretraining, benchmark, expected", [("supervised_in21k", "fgvc", (0.279, 0.066)), ("supervised_in21k", "vtab", (0.145, 0.061)),
-    ("mae_in1k", "vtab", (0.049, 0.042)), ("mocov3_in1k", "vtab", (0.042, 0.064))])
+@pytest.mark.parametrize(
+    "pretraining, benchmark, expected",
+    [
+        ("supervised_in21k", "fgvc", (0.279, 0.066)),
+        ("supervised_in21k", "vtab", (0.145, 0.061)),
+        ("mae_in1k", "vtab", (0.049, 0.042)),
+        ("mocov3_in1k", "vtab", (0.042, 0.064)),
+    ],
+)
 def test_mean_parameters_of_the_settings(pretraining, benchmark, expected):
     rows = rows_of(pretraining, benchmark)
     assert (round(mean(prompts, rows), 3), round(mean(released, rows), 3)) == expected

@@ -5,10 +5,22 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from hierprompt.backbones import load_backbone
+from hierprompt.backbones.pretrained import load_backbone
 from hierprompt.core import digest, from_dict, to_dict
-from hierprompt.recipes import Candidate, GRIDS, RECIPES, VPT_SEEDS, Recipe, build_optimizer, grid, learning_rates, recipe, schedule, set_rate
-from hierprompt.tuned import tune
+from hierprompt.engine.tuned import tune
+from hierprompt.training.recipes import (
+    GRIDS,
+    RECIPES,
+    VPT_SEEDS,
+    Candidate,
+    Recipe,
+    build_optimizer,
+    grid,
+    learning_rates,
+    recipe,
+    schedule,
+    set_rate,
+)
 
 
 def cosine(t, total): return 0.5 * (1 + math.cos(math.pi * t / total))
@@ -34,18 +46,40 @@ def test_published_presets():
 def test_da_vpt_presets():
     "DA-VPT spec 3.1-3.3, and D19, D20, D22 of its 1.14."
     released, paper = recipe("da_vpt"), recipe("da_vpt_paper")
-    assert (released.optimizer, released.scaled(released.lr), released.batch_size, released.epochs, released.warmup_epochs) == ("adamw", 1e-3, 32, 100, 10)
-    assert (released.samples_per_class, released.drop_last, released.clip_value, released.drop_path, released.schedule_on) == (2, True, 10.0, 0.0, "update")
+    assert (released.optimizer, released.scaled(released.lr), released.batch_size, released.epochs, released.warmup_epochs) == (
+        "adamw",
+        1e-3,
+        32,
+        100,
+        10,
+    )
+    assert (released.samples_per_class, released.drop_last, released.clip_value, released.drop_path, released.schedule_on) == (
+        2,
+        True,
+        10.0,
+        0.0,
+        "update",
+    )
     assert (released.weight_decay, released.head_weight_decay, released.decay, released.min_lr) == (0.01, 3.0, "matrices", 1e-9)
     changed = {f.name for f in fields(Recipe) if getattr(released, f.name) != getattr(paper, f.name)}
     assert changed == {"min_lr", "samples_per_class", "head_weight_decay"}
     assert (paper.min_lr, paper.samples_per_class, paper.head_weight_decay) == (1e-8, None, None)
 
 
-PROMPTS_FOR_CLIP = {   # Adapt spec 2.0, its table, and 1.8: batch, rate, epochs
-    "coop": (32, 2e-3, 200), "coop_imagenet": (32, 2e-3, 50), "cocoop": (1, 2e-3, 10), "vpt_clip": (4, 2.5e-3, 5), "plot": (128, 2e-3, 200),
-    "plot_small_batch": (32, 2e-3, 200), "maple": (4, 3.5e-3, 5), "prograd": (32, 2e-3, 200), "kgcoop": (128, 2e-3, 100), "lamm": (32, 2e-3, 50),
-    "adapt": (4, 2.5e-3, 100), "clip_common": (4, 2.5e-3, 100)}
+PROMPTS_FOR_CLIP = {  # Adapt spec 2.0, its table, and 1.8: batch, rate, epochs
+    "coop": (32, 2e-3, 200),
+    "coop_imagenet": (32, 2e-3, 50),
+    "cocoop": (1, 2e-3, 10),
+    "vpt_clip": (4, 2.5e-3, 5),
+    "plot": (128, 2e-3, 200),
+    "plot_small_batch": (32, 2e-3, 200),
+    "maple": (4, 3.5e-3, 5),
+    "prograd": (32, 2e-3, 200),
+    "kgcoop": (128, 2e-3, 100),
+    "lamm": (32, 2e-3, 50),
+    "adapt": (4, 2.5e-3, 100),
+    "clip_common": (4, 2.5e-3, 100),
+}
 
 
 @pytest.mark.parametrize("name", PROMPTS_FOR_CLIP)
@@ -53,7 +87,14 @@ def test_presets_of_prompts_for_clip(name):
     "What their authors share, and what differs."
     r = recipe(name)
     assert (r.batch_size, r.scaled(r.lr), r.epochs) == PROMPTS_FOR_CLIP[name]
-    assert (r.optimizer, r.weight_decay, r.drop_last, r.augment, r.drop_path, r.label_smoothing) == ("sgd", 5e-4, True, "random_resized_crop_flip", 0.0, 0.0)
+    assert (r.optimizer, r.weight_decay, r.drop_last, r.augment, r.drop_path, r.label_smoothing) == (
+        "sgd",
+        5e-4,
+        True,
+        "random_resized_crop_flip",
+        0.0,
+        0.0,
+    )
     assert (r.warmup, r.warmup_epochs, r.warmup_lr, r.min_lr, r.warmup_prefix, r.schedule_on) == ("constant", 1, 1e-5, 0.0, True, "epoch")
 
 
@@ -86,7 +127,9 @@ def test_bad_settings_are_refused(changes, error, message):
     with pytest.raises(error, match=message): recipe("vpt", **changes)
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Recipe) if f.name in ("optimizer", "warmup", "schedule_on", "augment", "precision")])
+@pytest.mark.parametrize(
+    "name", [f.name for f in fields(Recipe) if f.name in ("optimizer", "warmup", "schedule_on", "augment", "precision")]
+)
 def test_choices_are_checked_on_direct_construction(name):
     with pytest.raises(KeyError, match=f"unknown Recipe.{name} 'other'"): replace(Recipe(), **{name: "other"})
 
@@ -114,7 +157,7 @@ def test_noah_schedule(lag, first):
 @pytest.mark.parametrize("name, lowest", [("da_vpt", 1e-9), ("da_vpt_paper", 1e-8)])
 @pytest.mark.parametrize("updates", [1, 25, 30])
 def test_schedule_per_update(name, lowest, updates):
-    "DA-VPT: first step at 1e-8, 0.9755 of the rate after the warm-up, min_lr one step after the last (its spec 3.2)."
+    "DA-VPT: first step at 1e-8, 0.9755 of the rate after the warm-up, min_lr one step after the last (DA-VPT spec 3.2)."
     r, warmup, total = recipe(name), 10 * updates, 100 * updates
     rates = learning_rates(r, updates)
     assert len(rates) == total and rates[0] == pytest.approx(1e-8, rel=1e-12) and rates[warmup] == pytest.approx(0.9755e-3, rel=1e-4)
@@ -227,12 +270,24 @@ def test_da_vpt_groups(method):
     model = tune(load_backbone("tiny_random"), method, num_classes=4)
     groups = build_optimizer(model, recipe("da_vpt")).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    assert sum(len(group["params"]) for group in groups) == len(decay) == len(model.trainable()) and {group["lr"] for group in groups} == {1e-3}
+    assert sum(len(group["params"]) for group in groups) == len(decay) == len(model.trainable()) and {group["lr"] for group in groups} == {
+        1e-3
+    }
     for name, p in model.trainable().items():
         assert decay[id(p)] == (0.0 if p.ndim <= 1 else 3.0 if name == "head.weight" else 0.01), name
 
 
-GRID_SIZES = {"vpt": 40, "vpt_fgvc": 36, "vpt_linear": 40, "vpt_linear_mae": 52, "vpt_full": 16, "ship": 9, "da_vpt": 28, "da_vpt_prompts": 28, "adapt_target": 7}
+GRID_SIZES = {
+    "vpt": 40,
+    "vpt_fgvc": 36,
+    "vpt_linear": 40,
+    "vpt_linear_mae": 52,
+    "vpt_full": 16,
+    "ship": 9,
+    "da_vpt": 28,
+    "da_vpt_prompts": 28,
+    "adapt_target": 7,
+}
 
 
 @pytest.mark.parametrize("name, size", GRID_SIZES.items())

@@ -10,8 +10,11 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from hierprompt.profiles import SLOTS, differences, load_profile, read_yaml, resolve
-from hierprompt.registry import CLIP_METHODS, METHODS, method_modules
+from hierprompt.core import read_yaml
+from hierprompt.engine.registry import list_methods, method_code, method_kind, method_modules
+from hierprompt.pipeline.profiles import differences, load_profile
+from hierprompt.pipeline.resolve import resolve
+from hierprompt.pipeline.stages import cells_of, tasks_of
 
 ROOT = Path(__file__).parents[1]
 STAGES = read_yaml(ROOT/"dvc.yaml")["stages"]
@@ -27,7 +30,8 @@ def settings():
 
 
 def requirements():
-    return [Requirement(text) for key in ("requirements", "dev_requirements", "seg_requirements") for text in settings()[key].split()]
+    texts = {text for key, value in settings().items() if key.endswith("requirements") for text in value.split()}
+    return [Requirement(text) for text in sorted(texts)]
 
 
 def pins():
@@ -38,7 +42,7 @@ def pins():
 def test_environment_is_python_pip_and_this_package():
     environment = read_yaml(ROOT/"environment.yml")
     assert environment["name"] == settings()["lib_name"]
-    assert environment["dependencies"] == [f"python={settings()['min_python']}", "pip", {"pip": ["-e .[dev,seg]"]}]
+    assert environment["dependencies"] == [f"python={settings()['min_python']}", "pip", {"pip": ["-e .[all]"]}]
 
 
 @pytest.mark.parametrize("requirement", requirements(), ids=lambda r: r.name)
@@ -55,7 +59,7 @@ def test_pins_are_ordinary_builds():
 
 def test_params_are_the_laptop_profile():
     wrong = differences(resolve(load_profile("laptop", ROOT/"profiles")), read_yaml(ROOT/"params.yaml"))
-    assert not wrong, f"run `python -m hierprompt.pipeline profile laptop`; params.yaml differs in {wrong}"
+    assert not wrong, f"run `hierprompt profile laptop`; params.yaml differs in {wrong}"
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -65,46 +69,36 @@ def test_profiles_resolve(name):
     assert yaml.safe_load(yaml.safe_dump(params)) == params
 
 
-@pytest.mark.parametrize("notebook", sorted((ROOT/"nbs"/"runs").glob("*.ipynb")) + sorted((ROOT/"nbs"/"tables").glob("*.ipynb")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "notebook", sorted((ROOT / "nbs" / "runs").glob("*.ipynb")) + sorted((ROOT / "nbs" / "tables").glob("*.ipynb")), ids=lambda p: p.name
+)
 def test_run_notebooks_have_one_parameters_cell(notebook):
     cells = nbformat.read(notebook, 4).cells
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in cells) == 1
 
 
-def imported(source):
-    "Modules of this package that a source imports, as dotted names; of names that it imports, those that are no modules too."
+def imported(source, package=()):
+    "Dotted names of all that a source of a package imports; of names that it imports, those that are no modules too."
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hierprompt":
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        if isinstance(node, ast.Import): yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            start = ".".join([*package[:len(package) + 1 - node.level][:len(package) if node.level else 0], *filter(None, [node.module])])
+            yield from (start, *(f"{start}.{alias.name}" for alias in node.names))
 
 
 def module_file(name): return "/".join(name.split(".")) + ".py"
 
 
-def relative(path):
-    "The text of a module with its relative imports made absolute."
-    depth = len(path.relative_to(ROOT).parts) - 1
-    text = path.read_text()
-    for dots in range(depth, 0, -1):
-        package = ".".join(path.relative_to(ROOT).parts[:depth - dots + 1])
-        text = re.sub(rf"^(\s*from ){re.escape('.' * dots)}(?=\w)", rf"\1{package}.", text, flags=re.MULTILINE)
-        text = re.sub(rf"^(\s*from ){re.escape('.' * dots)}(?= )", rf"\1{package}", text, flags=re.MULTILINE)
-    return text
-
-
-REGISTER = {"hierprompt/registry.py"}   # the list of all methods: what a run uses of it stands in its own modules
-
-
 def behind(modules):
-    "Files of these modules and of everything they import, but for the register."
+    "Files of these modules and of everything they import."
     found, waiting = set(), list(modules)
     while waiting:
         name = waiting.pop()
-        if name in found or not (ROOT/module_file(name)).is_file(): continue
+        file = ROOT/module_file(name)
+        if name in found or not name.startswith("hierprompt.") or not file.is_file(): continue
         found.add(name)
-        waiting += imported(relative(ROOT/module_file(name)))
-    return {module_file(name) for name in found} - REGISTER
+        waiting += imported(file.read_text(), name.split(".")[:-1])
+    return {module_file(name) for name in found}
 
 
 def needed(*notebooks):
@@ -116,32 +110,37 @@ def needed(*notebooks):
 TABLES = sorted(str(path.relative_to(ROOT)) for path in (ROOT/"nbs"/"tables").glob("*.ipynb"))
 
 
-def modules_of(stage, stages=STAGES):
-    "The modules that every stage of a level depends on."
-    return {dep for dep in stages[stage]["do"]["deps"] if dep.endswith(".py") and "${" not in dep}
+def code_of(stage, stages=STAGES):
+    "The folders and modules of the package that every stage of a level depends on."
+    return [dep for dep in stages[stage]["do"]["deps"] if dep.startswith("hierprompt/") and "${" not in dep]
 
 
-WRITERS = {"hierprompt/results.py"}   # it only writes what a run has found: its changes make no run stale
+def covers(place, file): return file == place or file.startswith(f"{place}/")
 
 
-LOADED = {f"hierprompt/methods/{name}.py" for name in method_modules("da_vpt")}   # by `load_tuned`, for the models of DA-VPT's Fig. 3
+WRITERS = {"hierprompt/results/metrics.py"}   # it only writes what a run has found: its changes make no run stale
+# by `load_tuned`, for the models of DA-VPT's Fig. 3, and for SHIP's figures
+SHOWN = {"hierprompt/methods/davpt", "hierprompt/methods/ship"}
 
 
-@pytest.mark.parametrize("stage, notebooks, unwanted, loaded", [
-    ("backbone", ["nbs/runs/backbone.ipynb"], set(), set()), ("run", ["nbs/runs/run.ipynb"], WRITERS, set()), ("table", TABLES, set(), LOADED)])
-def test_stages_depend_on_exactly_the_modules_they_use(stage, notebooks, unwanted, loaded):
-    assert modules_of(stage) == needed(*notebooks) - unwanted | loaded
-
-
-@pytest.mark.parametrize("stage, notebook", [("data", "nbs/runs/few_shot.ipynb"), ("run", "nbs/runs/clip.ipynb")])
-def test_stages_of_clip_depend_on_exactly_the_modules_they_use(stage, notebook):
-    loaded = {"data": ["hierprompt.data.clip_tasks", "hierprompt.data.coop"], "run": ["hierprompt.embedded_clip"]}[stage]   # by name: BENCHMARKS, the embedded CLIP
-    assert modules_of(stage, CLIP_STAGES) == (needed(notebook) | behind(loaded)) - WRITERS
-
-
-@pytest.mark.parametrize("stage, notebook", [("backbone", "nbs/runs/backbone.ipynb"), ("data", "nbs/runs/seg_data.ipynb"), ("run", "nbs/runs/segment.ipynb")])
-def test_stages_of_segmentation_depend_on_exactly_the_modules_they_use(stage, notebook):
-    assert modules_of(stage, SEG_STAGES) == needed(notebook) - WRITERS
+@pytest.mark.parametrize("stages, stage, notebooks, unwanted, loaded", [
+    (STAGES, "backbone", ["nbs/runs/backbone.ipynb"], set(), set()),
+    (STAGES, "data", ["nbs/runs/data.ipynb"], set(), set()),
+    (STAGES, "run", ["nbs/runs/run.ipynb"], WRITERS, set()),
+    (STAGES, "table", TABLES, set(), SHOWN),
+    (CLIP_STAGES, "backbone", ["nbs/runs/towers.ipynb"], set(), set()),
+    (CLIP_STAGES, "data", ["nbs/runs/few_shot.ipynb"], set(), set()),
+    (CLIP_STAGES, "run", ["nbs/runs/clip.ipynb"], WRITERS, set()),
+    (SEG_STAGES, "backbone", ["nbs/runs/backbone.ipynb"], set(), set()),
+    (SEG_STAGES, "data", ["nbs/runs/seg_data.ipynb"], set(), set()),
+    (SEG_STAGES, "run", ["nbs/runs/segment.ipynb"], WRITERS, set()),
+])
+def test_stages_depend_on_the_code_they_use_and_on_no_other_folder(stages, stage, notebooks, unwanted, loaded):
+    used, places = needed(*notebooks) - unwanted, code_of(stage, stages)
+    assert all((ROOT/place).exists() for place in places)
+    assert not {file for file in used if not any(covers(place, file) for place in places)}
+    assert not {place for place in places if not any(covers(place, file) for file in used)} - loaded
+    assert not {file for file in unwanted if any(covers(place, file) for place in places)}
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -150,31 +149,28 @@ def test_every_table_has_its_notebook(name):
     assert {f"nbs/tables/{table}.ipynb" for table in tables} <= set(TABLES)
 
 
-def test_data_stages_depend_on_all_that_loads_their_task_and_on_no_other_renderer():
-    tasks = [t for name in ("reference", "paper") for t in resolve(load_profile(name, ROOT/"profiles"))["tasks"].values()]
-    renderers = {t["source"] for t in tasks if t["benchmark"] == "embedded" and t["source"].endswith(".py")}
-    common = modules_of("data")
-    assert needed("nbs/runs/data.ipynb") <= common and not common & renderers
-    for task in tasks:
-        own = {f"hierprompt/data/{task['benchmark']}.py", task["source"]}
-        used = behind([f"hierprompt.data.{task['benchmark']}"]) - renderers
-        assert used <= common | own, task["task"]
-        assert all((ROOT/file).is_file() for file in own)
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_task_and_cell_names_files_that_are_there(name):
+    params = resolve(load_profile(name, ROOT/"profiles"))
+    for task in tasks_of(params).values(): assert (ROOT/task["source"]).is_file(), task
+    for cell in cells_of(params).values(): assert (ROOT/cell["code"]).exists() and (ROOT/cell["base"]).exists(), cell
 
 
-@pytest.mark.parametrize("stages, cells", [(STAGES, "cells"), (CLIP_STAGES, "clip_cells"), (SEG_STAGES, "seg_cells")])
-def test_the_run_stage_has_a_line_for_each_module_of_a_method(stages, cells):
-    lines = [dep for dep in stages["run"]["do"]["deps"] if "modules" in dep]
-    assert lines == [f"hierprompt/methods/${{item.modules[{i}]}}.py" for i in range(SLOTS)]
-    assert all(len(cell["modules"]) == SLOTS for cell in read_yaml(ROOT/"params.yaml")[cells].values())
+@pytest.mark.parametrize("stages", [STAGES, CLIP_STAGES, SEG_STAGES], ids=["vit", "clip", "seg"])
+def test_run_stages_name_the_methods_code_and_its_base_once(stages):
+    lines = [dep for dep in stages["run"]["do"]["deps"] if "${item.code}" in dep or "${item.base}" in dep]
+    assert lines == ["${item.code}", "${item.base}"]
 
 
-@pytest.mark.parametrize("method", [*METHODS, *CLIP_METHODS])
+@pytest.mark.parametrize("method", list_methods())
 def test_runs_depend_on_what_their_method_uses_and_on_no_other_method(method):
-    own = {f"hierprompt/methods/{name}.py" for name in method_modules(method)}
-    used = behind([f"hierprompt.methods.{(METHODS | CLIP_METHODS)[method].split('.')[0]}"])
-    assert own == {file for file in used if file.startswith("hierprompt/methods/")}
-    assert used - own <= modules_of("run", STAGES if method in METHODS else CLIP_STAGES)
+    own = method_code(method)
+    used = behind(method_modules(method)[:1])
+    methods = {file for file in used if file.startswith("hierprompt/methods/")}
+    assert all(any(covers(place, file) for place in own) for file in methods)
+    assert all(any(covers(place, file) for file in methods) for place in own)
+    kinds = [(STAGES, "run"), (SEG_STAGES, "run")] if method_kind(method) == "vit" else [(CLIP_STAGES, "run")]
+    for stages, stage in kinds: assert all(any(covers(place, file) for place in code_of(stage, stages)) for file in used - methods)
 
 
 def test_git_holds_no_large_file():
@@ -184,7 +180,16 @@ def test_git_holds_no_large_file():
     assert not [name for name, size in sizes.items() if name.endswith(".ipynb") and size > 250e3]
 
 
-@pytest.mark.parametrize("notebook", sorted(p for place in ("nbs", "results") for p in (ROOT/place).rglob("*.ipynb") if "notebooks" not in p.parts and ".ipynb_checkpoints" not in p.parts), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "notebook",
+    sorted(
+        p
+        for place in ("nbs", "results")
+        for p in (ROOT / place).rglob("*.ipynb")
+        if "notebooks" not in p.parts and ".ipynb_checkpoints" not in p.parts
+    ),
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_no_output_names_a_folder_of_the_machine_that_made_it(notebook):
     outputs = [output for cell in nbformat.read(notebook, 4).cells for output in cell.get("outputs", [])]
     texts = [str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", "")) for output in outputs]

@@ -8,15 +8,28 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hierprompt.data.tasks import benchmark_tasks
-from hierprompt.results import (COLUMNS, PUBLISHED, averages, check_metrics, collect, example_metrics, failed_cells, group_means,
-                                load_published, mean_of_groups, over_seeds, published_index, read_metrics, task_mean, versions)
+from hierprompt.data.benchmarks import benchmark_tasks
+from hierprompt.results.metrics import (
+    COLUMNS,
+    averages,
+    check_metrics,
+    collect,
+    example_metrics,
+    failed_cells,
+    group_means,
+    mean_of_groups,
+    over_seeds,
+    read_metrics,
+    task_mean,
+    versions,
+)
+from hierprompt.results.published import PUBLISHED, load_published, published_index
 
 INDEX = published_index()
 PER_TASK = load_published("davpt_appendix_vtab_per_task")
 GROUPS = {task: group for group, tasks in PER_TASK.attrs["groups"].items() for task in tasks}
 FGVC = ["cub200", "nabirds", "oxford_flowers", "stanford_dogs", "stanford_cars"]
-BACKBONE = 85_798_656  # parameters of ViT-B/16 without head (baselines specification, section 0)
+BACKBONE = 85_798_656  # parameters of ViT-B/16 without head (baselines spec 0)
 
 
 def put(folder, metrics):
@@ -50,9 +63,22 @@ def test_every_file_is_in_the_index():
     assert {p.name for p in PUBLISHED.glob("*.csv")} == {entry["file"] for entry in INDEX.values()}
 
 
-@pytest.mark.parametrize("name, shape", [("ship_table1", 11), ("davpt_table1", 20), ("davpt_table2_segmentation", 8), ("davpt_table3_fgvc", 15),
-    ("davpt_appendix_vtab_per_task", 10), ("ship_winners", 19), ("ship_partitions", 19),
-    ("ship_table2", 7), ("ship_table3", 9), ("ship_table4", 16), ("ship_fig1c", 6)])
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("ship_table1", 11),
+        ("davpt_table1", 20),
+        ("davpt_table2_segmentation", 8),
+        ("davpt_table3_fgvc", 15),
+        ("davpt_appendix_vtab_per_task", 10),
+        ("ship_winners", 19),
+        ("ship_partitions", 19),
+        ("ship_table2", 7),
+        ("ship_table3", 9),
+        ("ship_table4", 16),
+        ("ship_fig1c", 6),
+    ],
+)
 def test_number_of_rows(name, shape): assert len(load_published(name)) == shape
 
 
@@ -76,16 +102,22 @@ def printed_and_recomputed():
     "All printed means with the mean of what they average and the largest error that rounding explains."
     groups = ["natural", "specialized", "structured"]
     for _, r in load_published("ship_table1").iterrows(): yield "ship_table1", None, r.method, "average", r.average, r[groups].mean(), 0.1
-    for _, r in load_published("davpt_table1").iterrows(): yield "davpt_table1", r.pretraining, r.method, "vtab", r.vtab, r[groups].mean(), 0.01
-    for _, r in load_published("davpt_table3_fgvc").iterrows(): yield "davpt_table3_fgvc", None, r.method, "mean", r["mean"], r[FGVC].mean(), 0.055
+    for _, r in load_published("davpt_table1").iterrows():
+        yield "davpt_table1", r.pretraining, r.method, "vtab", r.vtab, r[groups].mean(), 0.01
+    for _, r in load_published("davpt_table3_fgvc").iterrows():
+        yield "davpt_table3_fgvc", None, r.method, "mean", r["mean"], r[FGVC].mean(), 0.055
 
 
 def test_exactly_the_listed_means_are_misprinted():
-    found = {(table, pre, method, column): (printed, value) for table, pre, method, column, printed, value, bound in printed_and_recomputed()
-             if abs(printed - value) > bound + 1e-9}
+    found = {
+        (table, pre, method, column): (printed, value)
+        for table, pre, method, column, printed, value, bound in printed_and_recomputed()
+        if abs(printed - value) > bound + 1e-9
+    }
     listed = {(table, c.get("pretraining"), c["row"], c["column"]): (c["printed"], c["recomputed"])
               for table, entry in INDEX.items() for c in entry["conflicts"] if c["column"] in ("average", "vtab", "mean")}
-    assert listed.pop(("ship_table1", None, "SHIP", "average")) == (76.9, 74.57)   # right as the mean of groups; the other number is that of tasks
+    # right as the mean of groups; the other number is that of tasks
+    assert listed.pop(("ship_table1", None, "SHIP", "average")) == (76.9, 74.57)
     assert found.keys() == listed.keys()
     for key in found: assert found[key] == pytest.approx(listed[key], abs=0.005)
     assert listed["davpt_table3_fgvc", None, "VPT-baseline-own", "mean"] == (90.14, 89.98)
@@ -108,8 +140,17 @@ def test_average_is_the_mean_of_groups(method, by_groups, by_tasks):
     assert task_mean(one, GROUPS).item() == pytest.approx(by_tasks, abs=0.011)
 
 
-@pytest.mark.parametrize("method, expected", {"Full": (75.89, 82.88, 47.64), "Linear": (68.93, 77.15, 26.85), "Adapter": (70.50, 76.97, 32.39),
-    "Bias": (73.30, 78.25, 44.10), "VPT-Deep": (78.49, 82.42, 55.00), "DA-VPT+": (81.99, 86.48, 59.95)}.items())
+@pytest.mark.parametrize(
+    "method, expected",
+    {
+        "Full": (75.89, 82.88, 47.64),
+        "Linear": (68.93, 77.15, 26.85),
+        "Adapter": (70.50, 76.97, 32.39),
+        "Bias": (73.30, 78.25, 44.10),
+        "VPT-Deep": (78.49, 82.42, 55.00),
+        "DA-VPT+": (81.99, 86.48, 59.95),
+    }.items(),
+)
 def test_group_means_of_the_per_task_rows(method, expected):
     one = PER_TASK[(PER_TASK.method == method) & (PER_TASK.pretraining == "supervised_in21k")]
     assert group_means(one, GROUPS).iloc[0].tolist() == pytest.approx(expected, abs=0.0051)
@@ -189,13 +230,25 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert read_metrics(tmp_path / "metrics.json") == GOOD and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(acc=[math.nan]), "acc = .nan. is not in percent"), (dict(acc=[100.5]), "not in percent"), (dict(acc=[-1.0]), "not in percent"),
-    (dict(acc=[1.0, 2.0], seeds=[0]), "does not fit to seeds"), (dict(acc=[1.0, 2.0], seeds=[3, 3]), "every run needs its own"),
-    (dict(acc=[], seeds=[]), "every run needs its own"), (dict(gap=-0.1), "is below acc"), (dict(num_test_evaluations=0), "gives no accuracy"),
-    (dict(parameters={"head": 1}), "must have the keys"), (dict(seconds=math.inf), "seconds = inf is not a finite"),
-    (dict(macs=-1), "macs = -1 is not a finite"), (dict(backbone={"name": "x"}), "lacks name or sha256"), (dict(config_hash="abc"), "not a digest"),
-    (dict(parameters=GOOD.parameters | {"prompts": 5}), "do not add up")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(acc=[math.nan]), "acc = .nan. is not in percent"),
+        (dict(acc=[100.5]), "not in percent"),
+        (dict(acc=[-1.0]), "not in percent"),
+        (dict(acc=[1.0, 2.0], seeds=[0]), "does not fit to seeds"),
+        (dict(acc=[1.0, 2.0], seeds=[3, 3]), "every run needs its own"),
+        (dict(acc=[], seeds=[]), "every run needs its own"),
+        (dict(gap=-0.1), "is below acc"),
+        (dict(num_test_evaluations=0), "gives no accuracy"),
+        (dict(parameters={"head": 1}), "must have the keys"),
+        (dict(seconds=math.inf), "seconds = inf is not a finite"),
+        (dict(macs=-1), "macs = -1 is not a finite"),
+        (dict(backbone={"name": "x"}), "lacks name or sha256"),
+        (dict(config_hash="abc"), "not a digest"),
+        (dict(parameters=GOOD.parameters | {"prompts": 5}), "do not add up"),
+    ],
+)
 def test_impossible_metrics(changes, message):
     with pytest.raises(ValueError, match=message): example_metrics(**changes)
 
@@ -295,7 +348,9 @@ def test_fine_grained_tasks_are_averaged_apart():
 
 
 def test_over_seeds_against_numpy(tmp_path):
-    generator, tasks = np.random.default_rng(0), dict(zip("abcdefg", ["natural"] * 2 + ["specialized"] + ["structured"] * 3 + ["fine_grained"]))
+    generator, tasks = np.random.default_rng(0), dict(
+        zip("abcdefg", ["natural"] * 2 + ["specialized"] + ["structured"] * 3 + ["fine_grained"])
+    )
     acc = generator.uniform(20, 90, (len(tasks), 5))
     for values, (task, group) in zip(acc, tasks.items()): put(tmp_path, example_metrics("bias", task, group, acc=values.tolist()))
     mean, std = over_seeds(collect(tmp_path, "example"), tasks)
@@ -317,4 +372,5 @@ def test_one_seed_has_no_deviation(tmp_path):
 def test_mixed_seeds_are_refused(tmp_path):
     put(tmp_path, example_metrics("linear", "cards", acc=[50.0, 51.0]))
     put(tmp_path, example_metrics("linear", "flags", acc=[50.0]))
-    with pytest.raises(ValueError, match="other seeds than in the rest"): over_seeds(collect(tmp_path, "example"), dict.fromkeys(["cards", "flags"], "fine_grained"))
+    with pytest.raises(ValueError, match="other seeds than in the rest"):
+        over_seeds(collect(tmp_path, "example"), dict.fromkeys(["cards", "flags"], "fine_grained"))

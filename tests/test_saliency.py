@@ -4,12 +4,15 @@ import itertools
 import pytest
 import torch
 
-from hierprompt.methods.saliency import attention_map, cls_scores, cross_scores, merge, topk_feature
+from hierprompt.methods.davpt.saliency import attention_map, cls_scores, cross_scores, merge, topk_feature
 
 B, H, T, D, FIRST = 3, 2, 6, 4, 2                  # two tokens before the patches, and three keys of prompts behind them
 PATCHES = slice(FIRST, FIRST + T)
-SETTINGS = [(heads, pool, scale) for heads, pool, scale in itertools.product(("max", "mean", "composed"), ("mean", "max"), ("none", "tokens", "heads"))
-            if scale != "heads" or heads == "composed"]
+SETTINGS = [
+    (heads, pool, scale)
+    for heads, pool, scale in itertools.product(("max", "mean", "composed"), ("mean", "max"), ("none", "tokens", "heads"))
+    if scale != "heads" or heads == "composed"
+]
 
 
 def draw(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -56,7 +59,9 @@ def test_cross_scores_equal_loops():
     "A patch's score is what the other patches' rows have in its column."
     q, k = draw(B, H, T, 3), draw(B, H, FIRST + T + 3, 3, seed=1)
     rows = [[[loop_attention(q[b, h, s], k[b, h])[PATCHES] for s in range(T)] for h in range(H)] for b in range(B)]
-    expected = torch.tensor([[[sum(rows[b][h][s][t] for s in range(T) if s != t) for t in range(T)] for h in range(H)] for b in range(B)], dtype=torch.float64)
+    expected = torch.tensor(
+        [[[sum(rows[b][h][s][t] for s in range(T) if s != t) for t in range(T)] for h in range(H)] for b in range(B)], dtype=torch.float64
+    )
     assert (cross_scores(q, k, PATCHES) - expected).abs().max() < 1e-12
 
 
@@ -94,7 +99,10 @@ def test_patches_have_no_order(heads):
 
 def test_an_image_decides_alone():
     scores, tokens = draw(B, H, T), draw(B, T, D, seed=2)
-    for b in range(B): assert torch.equal(topk_feature(scores[b:b + 1], tokens[b:b + 1], 2, "composed")[0], topk_feature(scores, tokens, 2, "composed")[b])
+    for b in range(B):
+        assert torch.equal(
+            topk_feature(scores[b : b + 1], tokens[b : b + 1], 2, "composed")[0], topk_feature(scores, tokens, 2, "composed")[b]
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -114,4 +122,5 @@ def test_bad_input(changes, message):
 
 
 def test_patches_that_are_not_the_queries():
-    with pytest.raises(ValueError, match="6 query patches, but .* are 5 keys"): cross_scores(draw(B, H, T, 3), draw(B, H, 9, 3), slice(2, 7))
+    with pytest.raises(ValueError, match="6 query patches, but .* are 5 keys"):
+        cross_scores(draw(B, H, T, 3), draw(B, H, 9, 3), slice(2, 7))

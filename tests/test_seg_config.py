@@ -14,7 +14,8 @@ from PIL import Image
 warnings.filterwarnings("ignore", module="mmcv")
 with contextlib.redirect_stdout(io.StringIO()):
     mmseg = pytest.importorskip("mmseg")
-    import mmseg.datasets, mmseg.models
+    import mmseg.datasets
+    import mmseg.models
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
@@ -48,18 +49,35 @@ def folder(tmp_path, monkeypatch):
 
 def small(config, folder):
     "The README's configuration for these pictures: only sizes, numbers and paths change."
-    data = dict(type="BaseSegDataset", data_root=str(folder), data_prefix=dict(img_path="images", seg_map_path="masks"), img_suffix=".png", metainfo=CLASSES)
+    data = dict(
+        type="BaseSegDataset",
+        data_root=str(folder),
+        data_prefix=dict(img_path="images", seg_map_path="masks"),
+        img_suffix=".png",
+        metainfo=CLASSES,
+    )
     for part in ("train", "val", "test"):
         loader = config[f"{part}_dataloader"]
-        loader.update(num_workers=0, persistent_workers=False, dataset=dict(data, pipeline=[dict(step) for step in loader.dataset.pipeline]))
+        loader.update(
+            num_workers=0, persistent_workers=False, dataset=dict(data, pipeline=[dict(step) for step in loader.dataset.pipeline])
+        )
         for step in loader.dataset.pipeline:
             step.pop("reduce_zero_label", None)
             if "scale" in step: step["scale"] = (40, 40)
             if "crop_size" in step: step["crop_size"] = (32, 32)
     config.train_dataloader.batch_size = 2
-    config.merge_from_dict({"train_cfg.max_iters": 3, "train_cfg.val_interval": 3, "default_hooks.logger.interval": 1, "log_level": "ERROR", "model.data_preprocessor.size": (32, 32),
-                            "model.backbone": dict(vit="tiny_random", image_size=32, num_classes=2), "model.decode_head": dict(in_channels=64, in_index=2, channels=8, num_classes=2),
-                            "model.test_cfg": dict(crop_size=(32, 32), stride=(16, 16))})
+    config.merge_from_dict(
+        {
+            "train_cfg.max_iters": 3,
+            "train_cfg.val_interval": 3,
+            "default_hooks.logger.interval": 1,
+            "log_level": "ERROR",
+            "model.data_preprocessor.size": (32, 32),
+            "model.backbone": dict(vit="tiny_random", image_size=32, num_classes=2),
+            "model.decode_head": dict(in_channels=64, in_index=2, channels=8, num_classes=2),
+            "model.test_cfg": dict(crop_size=(32, 32), stride=(16, 16)),
+        }
+    )
     for hook in config.custom_hooks: hook.interval = 2
     return config
 
@@ -84,6 +102,8 @@ def test_without_the_packing_that_names_classes_the_error_says_so(folder, monkey
     fromfile = Config.fromfile
     monkeypatch.setattr(Config, "fromfile", lambda path: small(fromfile(path), folder))
     script = "\n".join(line for line in blocks()[1].splitlines() if "PackPresent" not in line)
-    with DefaultScope.overwrite_default_scope("mmseg"), warnings.catch_warnings(), pytest.raises(ValueError, match="end the training pipeline with PackPresent"):
+    with DefaultScope.overwrite_default_scope("mmseg"), warnings.catch_warnings(), pytest.raises(
+        ValueError, match="end the training pipeline with PackPresent"
+    ):
         warnings.simplefilter("ignore")
         exec(compile(script, "README.md", "exec"), {})

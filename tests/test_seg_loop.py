@@ -1,4 +1,5 @@
-"""Segmentation's training and tests: the same bits after an interruption, what a checkpoint holds, maps from collected features, accuracies against MMSegmentation's metric."""
+"""Segmentation's training and tests: the same bits after an interruption, what a checkpoint holds, maps from collected features,
+accuracies against MMSegmentation's metric."""
 import contextlib
 import io
 import json
@@ -21,10 +22,10 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.evaluation import IoUMetric
 
 from hierprompt.core import read_json, write_json
-from hierprompt.registry import METHODS
-from hierprompt.seg.loop import SegCell, count_seg_parameters, evaluate, learnt, load_cell, multi_scale, predictions, put, read_tensors, run_cell, seg_data, train, train_loader, write_tensors
-from hierprompt.seg.segmentor import build_segmentor, prepare
+from hierprompt.seg.cell import SegCell, count_seg_parameters, load_cell, run_cell, seg_data
+from hierprompt.seg.loop import evaluate, learnt, multi_scale, predictions, put, read_tensors, train, train_loader, write_tensors
 from hierprompt.seg.recipes import seg_recipe
+from hierprompt.seg.segmentor import build_segmentor, prepare
 from hierprompt.seg.setr import setr_pup, single_scale_pipeline, train_pipeline, tta_pipeline
 from hierprompt.seg.tasks import write_task
 
@@ -54,7 +55,14 @@ def tree(tmp_path_factory):
 
 def dataset(tree, split, pipeline):
     with DefaultScope.overwrite_default_scope("mmseg"):
-        return BaseSegDataset(img_suffix=".png", metainfo=METAINFO, data_root=str(tree), data_prefix=dict(img_path=f"images/{split}", seg_map_path=f"annotations/{split}"), pipeline=pipeline, serialize_data=False)
+        return BaseSegDataset(
+            img_suffix=".png",
+            metainfo=METAINFO,
+            data_root=str(tree),
+            data_prefix=dict(img_path=f"images/{split}", seg_map_path=f"annotations/{split}"),
+            pipeline=pipeline,
+            serialize_data=False,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +70,9 @@ def training(tree): return dataset(tree, "train", train_pipeline(RECIPE, backgro
 
 
 def model(method="da_vpt", config=GUIDED, **settings):
-    return build_segmentor(setr_pup(dict(vit="tiny_random", image_size=16, out_indices=(1, 3), num_classes=4, method=method, config=config, **settings), 11, 4))
+    return build_segmentor(
+        setr_pup(dict(vit="tiny_random", image_size=16, out_indices=(1, 3), num_classes=4, method=method, config=config, **settings), 11, 4)
+    )
 
 
 class Stop(Hook):
@@ -72,23 +82,42 @@ class Stop(Hook):
         if batch_idx == self.at: raise KeyboardInterrupt
 
 
-def differing(a, b): return [name for name, t in learnt(a).items() if not torch.equal(t, learnt(b)[name])] + sorted(learnt(a).keys() ^ learnt(b).keys())
+def differing(a, b):
+    return [name for name, t in learnt(a).items() if not torch.equal(t, learnt(b)[name])] + sorted(learnt(a).keys() ^ learnt(b).keys())
 
 
 # --------------------------------------------------------------------------------------------- interruption
 
-SHIP = dict(num_ap_hierarchies=1, num_prototypes=4, max_images=6, num_tokens=2, num_shared=1, num_attributes=2, num_matching=2, threshold=0.999, pml_start_epoch=1)
+SHIP = dict(
+    num_ap_hierarchies=1,
+    num_prototypes=4,
+    max_images=6,
+    num_tokens=2,
+    num_shared=1,
+    num_attributes=2,
+    num_matching=2,
+    threshold=0.999,
+    pml_start_epoch=1,
+)
 SPT = dict(batches=2, batch_size=3, rank=2, budget=3000, tau_step=200, tau_max=None)
 
 
-@pytest.mark.parametrize("method, config, recipe, every, stop", [
-    ("da_vpt", GUIDED, RECIPE, 1, 3), ("da_vpt", {**GUIDED, "seg_label": "mode", "map_unseen": "random", "dropout": 0.2, "bias_set": "kv"}, ADAMW, 2, 5), ("ship", SHIP, ADAMW, 3, 4),
-    ("full", {}, RECIPE, 4, 5), ("linear", {}, ADAMW, 5, 5), ("spt_lora", SPT, ADAMW, 2, 3)])
-def test_an_interrupted_run_ends_with_the_same_bits(training, tmp_path, method, config, recipe, every, stop, monkeypatch):
-    if method == "spt_lora": monkeypatch.setitem(METHODS, method, "spt.SPTLoRA")
+@pytest.mark.parametrize(
+    "method, config, recipe, every, stop",
+    [
+        ("da_vpt", GUIDED, RECIPE, 1, 3),
+        ("da_vpt", {**GUIDED, "seg_label": "mode", "map_unseen": "random", "dropout": 0.2, "bias_set": "kv"}, ADAMW, 2, 5),
+        ("ship", SHIP, ADAMW, 3, 4),
+        ("full", {}, RECIPE, 4, 5),
+        ("linear", {}, ADAMW, 5, 5),
+        ("spt_lora", SPT, ADAMW, 2, 3),
+    ],
+)
+def test_an_interrupted_run_ends_with_the_same_bits(training, tmp_path, method, config, recipe, every, stop):
     straight, first, second = (model(method, config, drop_path=0.3) for _ in range(3))
     whole = train(straight, training, recipe, seed=1, log_every=2)
-    with pytest.raises(KeyboardInterrupt): train(first, training, recipe, seed=1, folder=tmp_path, log_every=2, checkpoint_every=every, hooks=[Stop(stop)])
+    with pytest.raises(KeyboardInterrupt):
+        train(first, training, recipe, seed=1, folder=tmp_path, log_every=2, checkpoint_every=every, hooks=[Stop(stop)])
     _, about = read_tensors(tmp_path / "checkpoint.safetensors")
     assert about["iteration"] == stop // every * every
     torch.rand(7), np.random.rand(3)                                  # another process: other global generators
@@ -139,10 +168,13 @@ def test_a_checkpoint_holds_what_was_trained_and_no_pickle(training, tmp_path):
 def test_checkpoints_that_do_not_fit(training, tmp_path):
     train(model(), training, RECIPE, folder=tmp_path)
     path = tmp_path / "checkpoint.safetensors"
-    with pytest.raises(ValueError, match="was made with seed = 0, this run has 2"): train(model(), training, RECIPE, seed=2, folder=tmp_path)
-    with pytest.raises(ValueError, match="does not fit the model: they differ in"): train(model("vpt_deep", dict(num_tokens=2)), training, RECIPE, folder=tmp_path)
+    with pytest.raises(ValueError, match="was made with seed = 0, this run has 2"):
+        train(model(), training, RECIPE, seed=2, folder=tmp_path)
+    with pytest.raises(ValueError, match="does not fit the model: they differ in"):
+        train(model("vpt_deep", dict(num_tokens=2)), training, RECIPE, folder=tmp_path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="checkpoint.safetensors is no complete file of tensors .*: delete it and start the run again"): train(model(), training, RECIPE, folder=tmp_path)
+    with pytest.raises(ValueError, match="checkpoint.safetensors is no complete file of tensors .*: delete it and start the run again"):
+        train(model(), training, RECIPE, folder=tmp_path)
 
 
 def test_tensors_of_another_shape_are_refused(tmp_path):
@@ -158,7 +190,8 @@ def test_frozen_tensors_stay_as_they_are(training):
     train(found, training, RECIPE)
     assert all(torch.equal(t, found.backbone.host.vit.state_dict()[n]) for n, t in before.items())
     same = [n for n, t in learnt(found).items() if torch.equal(t, start[n])]
-    assert not [n for n in same if n in found.trainable() and "k_bias" not in n], same               # a key bias has no gradient (spec 1.9)
+    # a key bias has no gradient (DA-VPT spec 1.9)
+    assert not [n for n in same if n in found.trainable() and "k_bias" not in n], same
 
 
 # --------------------------------------------------------------------------------------------- guidance
@@ -193,8 +226,23 @@ def test_a_pass_is_the_data_by_default(training):
 
 
 def test_released_settings_train(training):
-    config = dict(num_tokens=2, num_guided=3, guided_layers=[1], patch_weight=0.05, cls_weight=0.05, bias_set="none", seg_label="mode", map_update_from=0)
-    found = build_segmentor(setr_pup(dict(vit="tiny_random", image_size=16, out_indices=(1, 3), num_classes=4, method="da_vpt", preset="released", config=config), 11, 4))
+    config = dict(
+        num_tokens=2,
+        num_guided=3,
+        guided_layers=[1],
+        patch_weight=0.05,
+        cls_weight=0.05,
+        bias_set="none",
+        seg_label="mode",
+        map_update_from=0,
+    )
+    found = build_segmentor(
+        setr_pup(
+            dict(vit="tiny_random", image_size=16, out_indices=(1, 3), num_classes=4, method="da_vpt", preset="released", config=config),
+            11,
+            4,
+        )
+    )
     losses = train(found, training, RECIPE)
     assert losses.rows[0]["loss_prompt"] > 0 and found.backbone.tuner.guidance.layers == [1]
 
@@ -232,7 +280,9 @@ def test_accuracies_are_mmsegmentations(tree):
     for i, mask in enumerate(masks):
         metric.process({}, [dict(pred_sem_seg=dict(data=mask), gt_sem_seg=dict(data=data[i]["data_samples"].gt_sem_seg.data))])
     wanted, found = metric.compute_metrics(metric.results), evaluate(Fixed(masks), data)
-    assert [round(found[k.lower()], 2) for k in ("mIoU", "mAcc", "aAcc")] == pytest.approx([wanted[k] for k in ("mIoU", "mAcc", "aAcc")], abs=0.011)
+    assert [round(found[k.lower()], 2) for k in ("mIoU", "mAcc", "aAcc")] == pytest.approx(
+        [wanted[k] for k in ("mIoU", "mAcc", "aAcc")], abs=0.011
+    )
     assert found["iou"]["ground"] == 0.0 and list(found["iou"]) == CLASSES
 
 
@@ -251,7 +301,10 @@ def test_several_scales_are_averaged(tree):
     with torch.no_grad():
         merged = multi_scale(found).test_step(pseudo_collate([several[0]]))[0]
         views = several[0]
-        scores = [found.test_step(pseudo_collate([dict(inputs=x, data_samples=s)]))[0].seg_logits.data.softmax(0) for x, s in zip(views["inputs"], views["data_samples"])]
+        scores = [
+            found.test_step(pseudo_collate([dict(inputs=x, data_samples=s)]))[0].seg_logits.data.softmax(0)
+            for x, s in zip(views["inputs"], views["data_samples"])
+        ]
     assert len(scores) == 4 and torch.equal(merged.pred_sem_seg.data.squeeze(), torch.stack(scores).mean(0).argmax(0))
     assert set(evaluate(multi_scale(found), several)) == set(evaluate(found, single)) == {"miou", "macc", "aacc", "iou"}
 
@@ -274,12 +327,27 @@ def test_predictions_have_the_size_of_the_pictures(tree):
 # --------------------------------------------------------------------------------------------- cells
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory): return write_task("seg_objects", tmp_path_factory.mktemp("tasks") / "objects", image_size=32, train=8, val=1, test=3)
+def objects(tmp_path_factory):
+    return write_task("seg_objects", tmp_path_factory.mktemp("tasks") / "objects", image_size=32, train=8, val=1, test=3)
 
 
 def cell(tree, **changes):
-    return {**dict(task="seg_objects", root=str(tree), vit="tiny_random", method="da_vpt", config=GUIDED, out_indices=[1, 3], channels=4, pictures=2, log_every=2, checkpoint_every=1,
-                   recipe_changes=dict(iterations=4, batch_size=2, crop=16, stride=11, scale=[32, 32], tta_ratios=[0.5], prepare_crops=4)), **changes}
+    return {
+        **dict(
+            task="seg_objects",
+            root=str(tree),
+            vit="tiny_random",
+            method="da_vpt",
+            config=GUIDED,
+            out_indices=[1, 3],
+            channels=4,
+            pictures=2,
+            log_every=2,
+            checkpoint_every=1,
+            recipe_changes=dict(iterations=4, batch_size=2, crop=16, stride=11, scale=[32, 32], tta_ratios=[0.5], prepare_crops=4),
+        ),
+        **changes,
+    }
 
 
 def untimed(result): return {k: v for k, v in result.items() if k not in ("seconds", "test_seconds", "images_per_second", "peak_memory_mb")}
@@ -289,17 +357,24 @@ def test_a_cell_from_settings_to_files(objects, tmp_path):
     result = run_cell(cell(objects), tmp_path / "a")
     write_json(tmp_path / "plain.json", result)
     assert read_json(tmp_path / "plain.json") == result
-    assert sorted(p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a").rglob("*") if p.is_file()) == ["predictions/00000.png", "predictions/00002.png", "trained.safetensors"]
+    assert sorted(p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a").rglob("*") if p.is_file()) == [
+        "predictions/00000.png",
+        "predictions/00002.png",
+        "trained.safetensors",
+    ]
     assert result["parameters"] == count_seg_parameters(load_cell(tmp_path / "a")) and result["parameters"]["backbone"] == (3 * 2 + 3) * 64
     data = seg_data(SegCell(**cell(objects)))
-    assert evaluate(load_cell(tmp_path / "a"), data["test"]) == result["test"] and evaluate(multi_scale(load_cell(tmp_path / "a")), data["multi_scale"]) == result["multi_scale"]
+    assert (
+        evaluate(load_cell(tmp_path / "a"), data["test"]) == result["test"]
+        and evaluate(multi_scale(load_cell(tmp_path / "a")), data["multi_scale"]) == result["multi_scale"]
+    )
     mask = Image.open(tmp_path / "a/predictions/00002.png")
     assert mask.mode == "P" and (np.asarray(mask) == predictions(load_cell(tmp_path / "a"), data["test"], [2])[0]["prediction"]).all()
 
 
 def test_a_cell_goes_on(objects, tmp_path, monkeypatch):
     whole = run_cell(cell(objects), tmp_path / "a")
-    import hierprompt.seg.loop as loop
+    import hierprompt.seg.cell as loop
     original = loop.train
     monkeypatch.setattr(loop, "train", lambda *args, **kw: original(*args, **kw, hooks=[Stop(3)]))
     with pytest.raises(KeyboardInterrupt): run_cell(cell(objects), tmp_path / "b")
@@ -316,10 +391,19 @@ def test_pictures_that_are_kept_out_are_not_trained_on(objects):
     assert len(paths["train"]) == 5 and len(paths["held_out"]) == 3 and not paths["train"] & paths["held_out"]
 
 
-@pytest.mark.parametrize("changes, error, text", [
-    (dict(task="seg_cities"), KeyError, "unknown segmentation task 'seg_cities'"), (dict(method="davpt"), KeyError, "unknown method 'davpt'"), (dict(out_indices=[1, 9]), ValueError, "out_indices = .1, 9.: name blocks from 0 to 3"),
-    (dict(recipe_changes=dict(crop=20, stride=11)), ValueError, "crop = 20 has no whole number of patches of 8 pixels"), (dict(recipe="cityscapes"), KeyError, "unknown segmentation recipe"),
-    (dict(hold_out=8), ValueError, "hold_out = 8 of 8 training pictures leaves none"), (dict(epochs=3), TypeError, "epochs"), (dict(root="/nowhere"), FileNotFoundError, "nowhere")])
+@pytest.mark.parametrize(
+    "changes, error, text",
+    [
+        (dict(task="seg_cities"), KeyError, "unknown segmentation task 'seg_cities'"),
+        (dict(method="davpt"), KeyError, "unknown method 'davpt'"),
+        (dict(out_indices=[1, 9]), ValueError, "out_indices = .1, 9.: name blocks from 0 to 3"),
+        (dict(recipe_changes=dict(crop=20, stride=11)), ValueError, "crop = 20 has no whole number of patches of 8 pixels"),
+        (dict(recipe="cityscapes"), KeyError, "unknown segmentation recipe"),
+        (dict(hold_out=8), ValueError, "hold_out = 8 of 8 training pictures leaves none"),
+        (dict(epochs=3), TypeError, "epochs"),
+        (dict(root="/nowhere"), FileNotFoundError, "nowhere"),
+    ],
+)
 def test_cells_that_do_not_fit(objects, tmp_path, changes, error, text):
     with pytest.raises(error, match=text): run_cell(cell(objects, **changes), tmp_path)
     assert not list(tmp_path.iterdir())

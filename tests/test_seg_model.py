@@ -1,4 +1,5 @@
-"""Segmentation's model: maps against timm's, positions and decoder against MMSegmentation's, counts of DA-VPT spec section 2, invariant 19 of section 6."""
+"""Segmentation's model: maps against timm's, positions and decoder against MMSegmentation's, counts of DA-VPT spec 2, invariant
+19 of section 6."""
 import contextlib
 import copy
 import io
@@ -22,14 +23,24 @@ from mmseg.structures import SegDataSample
 from timm.models import VisionTransformer
 from torch.utils.data import Dataset
 
-from hierprompt.backbones import fill_random, load_backbone
-from hierprompt.engine import Context
-from hierprompt.methods.guidance import one_of
-from hierprompt.profiles import load_profile
-from hierprompt.registry import METHODS
+from hierprompt.backbones.pretrained import fill_random, load_backbone
+from hierprompt.engine.block_loop import Context
+from hierprompt.methods.davpt.guidance import one_of
+from hierprompt.pipeline.profiles import load_profile
 from hierprompt.seg.backbone import READINGS, PromptedViT, SegHost, fit_positions, read_blocks, resize_positions
 from hierprompt.seg.recipes import SEG_RECIPES, seg_recipe
-from hierprompt.seg.segmentor import DrawSampler, Draws, MapHook, PackPresent, TunerHook, View, build_segmentor, draw_crops, prepare, presence
+from hierprompt.seg.segmentor import (
+    Draws,
+    DrawSampler,
+    MapHook,
+    PackPresent,
+    TunerHook,
+    View,
+    build_segmentor,
+    draw_crops,
+    prepare,
+    presence,
+)
 from hierprompt.seg.setr import param_groups, setr_pup, single_scale_pipeline, train_pipeline, tta_pipeline
 
 TINY = dict(vit="tiny_random", image_size=32, out_indices=(0, 1, 2, 3), num_classes=5)
@@ -43,7 +54,8 @@ CONFIGS = Path(mmseg.__file__).parents[1] / ".mim/configs"
 def noise(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def segmentor(channels=8, stride=21, aux_heads=True, **backbone): return build_segmentor(setr_pup({**TINY, **backbone}, stride, channels, aux_heads))
+def segmentor(channels=8, stride=21, aux_heads=True, **backbone):
+    return build_segmentor(setr_pup({**TINY, **backbone}, stride, channels, aux_heads))
 
 
 class Blobs(Dataset):
@@ -73,7 +85,14 @@ def batch(count=4, size=32):
 
 def networks():
     small = partial(VisionTransformer, img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=0)
-    kinds = dict(plain={}, registers=dict(reg_tokens=3), no_embed_class=dict(reg_tokens=2, no_embed_class=True), layer_scale=dict(init_values=0.3), pre_norm=dict(pre_norm=True), qk_norm=dict(qk_norm=True))
+    kinds = dict(
+        plain={},
+        registers=dict(reg_tokens=3),
+        no_embed_class=dict(reg_tokens=2, no_embed_class=True),
+        layer_scale=dict(init_values=0.3),
+        pre_norm=dict(pre_norm=True),
+        qk_norm=dict(qk_norm=True),
+    )
     for name, options in kinds.items():
         vit = fill_random(small(**options)).eval()
         vit.pretrained_cfg = {"architecture": name}
@@ -117,8 +136,17 @@ def test_padding_is_at_the_bottom_and_on_the_right():
     assert all(torch.equal(a, b) and a.shape[2:] == (4, 3) for a, b in zip(found, wanted))
 
 
-CASES = dict(linear={}, full={}, bias={}, vpt_deep=dict(num_tokens=5), vpt_shallow=dict(num_tokens=6), ship=dict(starts=[0, 2], num_ap_hierarchies=0, num_matching=4, num_tokens=4),
-               da_vpt=GUIDED["config"], lora={}, adapter={})
+CASES = dict(
+    linear={},
+    full={},
+    bias={},
+    vpt_deep=dict(num_tokens=5),
+    vpt_shallow=dict(num_tokens=6),
+    ship=dict(starts=[0, 2], num_ap_hierarchies=0, num_matching=4, num_tokens=4),
+    da_vpt=GUIDED["config"],
+    lora={},
+    adapter={},
+)
 
 
 @pytest.mark.parametrize("method", CASES)
@@ -139,7 +167,8 @@ def test_maps_keep_their_places_and_only_declared_tensors_train(method):
 def test_evaluation_never_looks_at_the_classes():
     backbone = PromptedViT(**TINY, **GUIDED)
     picture = noise(2, 3, 32, 32)
-    with torch.no_grad(): assert all(torch.equal(a, b) for a, b in zip(backbone(picture), backbone(picture, torch.ones(2, 5, dtype=torch.bool))))
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(backbone(picture), backbone(picture, torch.ones(2, 5, dtype=torch.bool))))
     with pytest.raises(RuntimeError, match="belongs behind a forward pass in training mode"): backbone.aux_loss()
 
 
@@ -150,17 +179,29 @@ def test_a_pass_is_asked_for_its_loss_once():
     with pytest.raises(RuntimeError, match="once"): backbone.aux_loss()
 
 
-@pytest.mark.parametrize("options, error, text", [
-    (dict(out_indices=(1, 4)), ValueError, r"out_indices = \(1, 4\): name blocks from 0 to 3"), (dict(out_indices=()), ValueError, "name blocks"), (dict(out_indices=(2, 1, 3)), ValueError, "ascending"),
-    (dict(out_indices=(0, 2)), ValueError, "do not read the last block, 3"), (dict(image_size=36), ValueError, "image_size = 36 has no whole number of patches of 8 pixels; the nearest that has: 32"),
-    (dict(method="vpt"), KeyError, "unknown method 'vpt'"), (dict(method="coop"), KeyError, "tunes a CLIP"), (dict(method="vpt_deep", config=dict(tokens=3)), TypeError, "tokens"),
-    (dict(interpolation="lanczos"), KeyError, "unknown interpolation"), (dict(vit="vit_tiny"), KeyError, "unknown backbone")])
+@pytest.mark.parametrize(
+    "options, error, text",
+    [
+        (dict(out_indices=(1, 4)), ValueError, r"out_indices = \(1, 4\): name blocks from 0 to 3"),
+        (dict(out_indices=()), ValueError, "name blocks"),
+        (dict(out_indices=(2, 1, 3)), ValueError, "ascending"),
+        (dict(out_indices=(0, 2)), ValueError, "do not read the last block, 3"),
+        (dict(image_size=36), ValueError, "image_size = 36 has no " "whole number of patches " "of 8 pixels; the nearest " "that has: 32"),
+        (dict(method="vpt"), KeyError, "unknown method 'vpt'"),
+        (dict(method="coop"), KeyError, "tunes a CLIP"),
+        (dict(method="vpt_deep", config=dict(tokens=3)), TypeError, "tokens"),
+        (dict(interpolation="lanczos"), KeyError, "unknown interpolation"),
+        (dict(vit="vit_tiny"), KeyError, "unknown backbone"),
+    ],
+)
 def test_settings_of_the_backbone_that_do_not_fit(options, error, text):
     with pytest.raises(error, match=text): PromptedViT(**{**TINY, **options})
 
 
 def test_a_network_without_class_token_is_refused():
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4, num_classes=0, class_token=False, global_pool="avg")
+    vit = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4, num_classes=0, class_token=False, global_pool="avg"
+    )
     vit.pretrained_cfg = {"architecture": "bare"}
     with pytest.raises(ValueError, match="bare has no class token"): SegHost(vit, (1,))
 
@@ -170,7 +211,9 @@ def test_a_network_without_class_token_is_refused():
 def test_the_chosen_class_is_in_the_crop_and_depends_on_the_seed_alone():
     images, masks, present = draw_crops(Blobs(), 10, 3, SCALE)
     again = draw_crops(Blobs(), 10, 3, SCALE)
-    assert all(torch.equal(a, b) for a, b in zip((images, masks, present), again)) and not torch.equal(images, draw_crops(Blobs(), 10, 4, SCALE)[0])
+    assert all(torch.equal(a, b) for a, b in zip((images, masks, present), again)) and not torch.equal(
+        images, draw_crops(Blobs(), 10, 4, SCALE)[0]
+    )
     for mask, row in zip(masks, present): assert set(row.nonzero()[:, 0].tolist()) == set(mask.unique().tolist()) - {4, 255}
     with_class = present.any(1)
     assert with_class.sum() == 9
@@ -247,18 +290,43 @@ SPT = dict(batches=2, batch_size=3, rank=2, budget=3000, tau_step=200, tau_max=N
 
 def test_small_pictures_are_padded_as_in_training():
     images, masks, present = draw_crops(Blobs(20), 4, 0, SCALE)
-    assert images.shape == (4, 3, 32, 32) and images[:, :, 25, 3].tolist() == [[10, 20, 30]] * 4 and (masks[:, 20:] == 255).all() and (masks[:, :, 20:] == 255).all()
+    assert (
+        images.shape == (4, 3, 32, 32)
+        and images[:, :, 25, 3].tolist() == [[10, 20, 30]] * 4
+        and (masks[:, 20:] == 255).all()
+        and (masks[:, :, 20:] == 255).all()
+    )
     model = segmentor()
     theirs = model.data_preprocessor(dict(inputs=[noise(3, 20, 20)], data_samples=[SegDataSample()]), True)["inputs"]
     assert theirs.shape == (1, 3, 32, 32) and (theirs[..., 20:] == 0).all()                              # the mean colour, normalised
     assert images.dtype == masks.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("method, changes, what", [("vpt_deep", dict(num_tokens=2), 0), ("linear", {}, 0), ("da_vpt", GUIDED["config"], 6),
-                                                   ("ship", dict(num_ap_hierarchies=1, num_prototypes=4, max_images=6, num_tokens=3, num_shared=2, num_attributes=2, num_matching=3, threshold=0.999), 6),
-                                                   ("spt_lora", SPT, 6), ("spt_adapter", SPT, 6)])
-def test_what_methods_see_before_the_training(method, changes, what, monkeypatch):
-    if method.startswith("spt"): monkeypatch.setitem(METHODS, method, {"spt_lora": "spt.SPTLoRA", "spt_adapter": "spt.SPTAdapter"}[method])
+@pytest.mark.parametrize(
+    "method, changes, what",
+    [
+        ("vpt_deep", dict(num_tokens=2), 0),
+        ("linear", {}, 0),
+        ("da_vpt", GUIDED["config"], 6),
+        (
+            "ship",
+            dict(
+                num_ap_hierarchies=1,
+                num_prototypes=4,
+                max_images=6,
+                num_tokens=3,
+                num_shared=2,
+                num_attributes=2,
+                num_matching=3,
+                threshold=0.999,
+            ),
+            6,
+        ),
+        ("spt_lora", SPT, 6),
+        ("spt_adapter", SPT, 6),
+    ],
+)
+def test_what_methods_see_before_the_training(method, changes, what):
     model = segmentor(method=method, config=changes)
     statistics = {n: b.clone() for n, b in model.named_buffers() if "running" in n}
     torch.manual_seed(5)
@@ -269,11 +337,15 @@ def test_what_methods_see_before_the_training(method, changes, what, monkeypatch
     losses = model.train().loss(*batch())
     model.parse_losses(losses)[0].backward()
     assert all(p.requires_grad for p in model.trainable().values())
-    assert {n for n, p in model.named_parameters() if p.grad is not None and n.startswith("backbone")} <= {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in model.named_parameters() if p.grad is not None and n.startswith("backbone")} <= {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
     first = {n: t.clone() for n, t in model.backbone.trainable().items()}
     other = segmentor(method=method, config=changes)
     prepare(other, Blobs(), crops=6, seed=2)
-    assert first.keys() == other.backbone.trainable().keys() and all(torch.equal(t, other.backbone.trainable()[n]) for n, t in first.items())
+    assert first.keys() == other.backbone.trainable().keys() and all(
+        torch.equal(t, other.backbone.trainable()[n]) for n, t in first.items()
+    )
 
 
 def test_first_class_means_count_a_picture_into_every_class():
@@ -296,7 +368,8 @@ class Runner:
     def __init__(self, model):
         self.model, self.iter, self.calls = model, 0, []
         self.optim_wrapper = type("W", (), {"optimizer": torch.optim.SGD(list(model.trainable().values()), lr=0.1)})()
-        for name in ("begin", "before_step", "after_step", "after_epoch"): setattr(model.backbone.tuner, name, partial(lambda name, *a: self.calls.append((name, *a[:2])), name))
+        for name in ("begin", "before_step", "after_step", "after_epoch"):
+            setattr(model.backbone.tuner, name, partial(lambda name, *a: self.calls.append((name, *a[:2])), name))
 
 
 def test_hooks_tell_the_method_where_the_training_stands():
@@ -324,7 +397,10 @@ def test_draws_depend_on_their_number_alone():
     assert [item // 10 for item in items] == list(range(25)) and sorted(item % 10 for item in items[10:20]) == list(range(10))
 
 
-@pytest.mark.parametrize("change, text", [(dict(num_classes=4), "the backbone guides with 4 classes, the heads have 5"), (dict(out_indices=(3,)), "a head reads map 3")])
+@pytest.mark.parametrize(
+    "change, text",
+    [(dict(num_classes=4), "the backbone guides with 4 classes, the heads have 5"), (dict(out_indices=(3,)), "a head reads map 3")],
+)
 def test_heads_that_do_not_fit(change, text):
     config = setr_pup(TINY, 21, 8)
     config["backbone"] |= change
@@ -333,7 +409,8 @@ def test_heads_that_do_not_fit(change, text):
 
 def test_data_that_do_not_fit():
     class Six(Blobs): metainfo = dict(classes=list("abcdef"))
-    with pytest.raises(ValueError, match=r"the data set has 6 classes \(a, b, c, ...\), the heads have 5: num_classes=6"): prepare(segmentor(), Six())
+    with pytest.raises(ValueError, match=r"the data set has 6 classes \(a, b, c, ...\), the heads have 5: num_classes=6"):
+        prepare(segmentor(), Six())
     with pytest.raises(ValueError, match="end the training pipeline with PackPresent"): presence([SegDataSample()], 5)
     sample = SegDataSample()
     sample.set_metainfo(dict(present=[1, 7], img_path="x.png"))
@@ -347,7 +424,18 @@ def count(num_classes=150, **row):
     return sum(p.numel() for p in model.trainable().values())
 
 
-@pytest.mark.parametrize("row, wanted", [("linear", 13_143_640), ("full", 317_291_096), ("vpt", 13_635_160), ("da_vpt", 13_635_160), ("bias", 13_192_792), ("da_vpt_plus", 13_684_312), ("bias_all", 13_415_000)])
+@pytest.mark.parametrize(
+    "row, wanted",
+    [
+        ("linear", 13_143_640),
+        ("full", 317_291_096),
+        ("vpt", 13_635_160),
+        ("da_vpt", 13_635_160),
+        ("bias", 13_192_792),
+        ("da_vpt_plus", 13_684_312),
+        ("bias_all", 13_415_000),
+    ],
+)
 def test_parameters_of_table_2(row, wanted): assert count(**ROWS[row]) == wanted
 
 
@@ -367,19 +455,33 @@ def test_the_decoder_is_mmsegmentations():
     assert ours["test_cfg"] == stock.test_cfg.to_dict()
     assert ours["backbone"]["out_indices"] == tuple(stock.backbone.out_indices) == read_blocks(24)
     for key in ("mean", "std"): assert ours["data_preprocessor"][key] == pytest.approx(stock.data_preprocessor[key], abs=1e-3)
-    assert {k: ours["data_preprocessor"][k] for k in ("size", "bgr_to_rgb", "pad_val", "seg_pad_val")} == dict(size=(512, 512), bgr_to_rgb=True, pad_val=0, seg_pad_val=255)
+    assert {k: ours["data_preprocessor"][k] for k in ("size", "bgr_to_rgb", "pad_val", "seg_pad_val")} == dict(
+        size=(512, 512), bgr_to_rgb=True, pad_val=0, seg_pad_val=255
+    )
 
 
 @pytest.mark.parametrize("name, file", [("ade20k", "ade20k.py"), ("pascal_context", "pascal_context.py")])
 def test_transforms_and_schedules_are_mmsegmentations(name, file):
     stock, recipe = Config.fromfile(CONFIGS / "_base_/datasets" / file), SEG_RECIPES[name]
-    plain = lambda steps: [{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in step.items() if k not in ("reduce_zero_label", "backend_args")} for step in steps]
+    plain = lambda steps: [
+        {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in step.items() if k not in ("reduce_zero_label", "backend_args")}
+        for step in steps
+    ]
     theirs = plain(stock.train_pipeline.to_dict() if hasattr(stock.train_pipeline, "to_dict") else stock.train_pipeline)
     assert plain(train_pipeline(recipe))[:-1] == theirs[:-1] and theirs[-1]["type"] == "PackSegInputs"
     assert plain(single_scale_pipeline(recipe)) == plain(stock.test_pipeline)
     ratios, flips = tta_pipeline(recipe)[1]["transforms"][:2]
-    assert [r["scale_factor"] for r in ratios] == stock.get("img_ratios", [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]) and [f["prob"] for f in flips] == [0.0, 1.0]
-    assert (recipe.iterations, recipe.crop, recipe.stride, recipe.batch_size, recipe.lr, recipe.min_lr, recipe.power) == ({"ade20k": 160_000}.get(name, 80_000), *{"ade20k": (512, 341)}.get(name, (480, 320)), 16, 1e-3, 1e-4, 0.9)
+    assert [r["scale_factor"] for r in ratios] == stock.get("img_ratios", [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]) and [
+        f["prob"] for f in flips
+    ] == [0.0, 1.0]
+    assert (recipe.iterations, recipe.crop, recipe.stride, recipe.batch_size, recipe.lr, recipe.min_lr, recipe.power) == (
+        {"ade20k": 160_000}.get(name, 80_000),
+        *{"ade20k": (512, 341)}.get(name, (480, 320)),
+        16,
+        1e-3,
+        1e-4,
+        0.9,
+    )
 
 
 def test_every_trained_tensor_is_in_one_group():
@@ -394,14 +496,28 @@ def test_every_trained_tensor_is_in_one_group():
             assert g["weight_decay"] == (0.1 if p.ndim > 1 else 0.0)
 
 
-@pytest.mark.parametrize("backbone, options, text", [(dict(image_size=36), {}, "crop = 36 has no whole number of patches of 8 pixels"), ({}, dict(stride=40), "leaves gaps: use 1 to 32"),
-                                                      ({}, dict(stride=0), "leaves gaps")])
+@pytest.mark.parametrize(
+    "backbone, options, text",
+    [
+        (dict(image_size=36), {}, "crop = 36 has no whole number of patches of 8 pixels"),
+        ({}, dict(stride=40), "leaves gaps: use 1 to 32"),
+        ({}, dict(stride=0), "leaves gaps"),
+    ],
+)
 def test_crops_that_do_not_fit(backbone, options, text):
     with pytest.raises(ValueError, match=text): setr_pup({**TINY, **backbone}, **{"stride": 21, **options})
 
 
-@pytest.mark.parametrize("changes, error, text", [(dict(batch_size=0), ValueError, "batch_size = 0 must be positive"), (dict(min_lr=0.1), ValueError, "min_lr = 0.1"), (dict(optimizer="adam"), (ValueError, TypeError, KeyError), "adam"),
-                                                  (dict(rate=1), TypeError, "rate"), (dict(iterations=10, decay_until=20), ValueError, "have to follow")])
+@pytest.mark.parametrize(
+    "changes, error, text",
+    [
+        (dict(batch_size=0), ValueError, "batch_size = 0 must be positive"),
+        (dict(min_lr=0.1), ValueError, "min_lr = 0.1"),
+        (dict(optimizer="adam"), (ValueError, TypeError, KeyError), "adam"),
+        (dict(rate=1), TypeError, "rate"),
+        (dict(iterations=10, decay_until=20), ValueError, "have to follow"),
+    ],
+)
 def test_recipes_that_make_no_sense(changes, error, text):
     with pytest.raises(error, match=text): seg_recipe(**changes)
 

@@ -10,18 +10,32 @@ from PIL import Image
 from seg_trees import make_ade20k_tree, make_pascal_context_tree, pair
 
 from hierprompt.core import read_json, sha256_file
-from hierprompt.data.packs import content_hash, find_packs, read_pack
-from hierprompt.data.scenes import draw_scenes, ground, laid, lit
+from hierprompt.data.embedded.packs import content_hash, find_packs, read_pack
+from hierprompt.data.embedded.scenes import draw_scenes, ground, laid, lit
 from hierprompt.data.tasks import PARTS
 from hierprompt.seg import compose
-from hierprompt.seg.compose import KINDS, RECIPES, STYLE, TILE, ZONES, climate_maps, climate_places, climate_samples, object_samples, scene_objects, spread_places, stripe_part
+from hierprompt.seg.compose import (
+    KINDS,
+    RECIPES,
+    STYLE,
+    TILE,
+    ZONES,
+    climate_maps,
+    climate_places,
+    climate_samples,
+    object_samples,
+    scene_objects,
+    spread_places,
+    stripe_part,
+)
 
 tasks = pytest.importorskip("hierprompt.seg.tasks", exc_type=ImportError)
 import torch
 from mmengine.registry import DefaultScope
 from mmseg.evaluation import IoUMetric
-from hierprompt.seg.cells import most_frequent
-from hierprompt.seg.tasks import SEG_TASKS, DATASETS, coloured, dataset_config, inspect_pair, overlay, show_samples, verify, write_task
+
+from hierprompt.pipeline.segmentation_cells import most_frequent
+from hierprompt.seg.tasks import DATASETS, SEG_TASKS, coloured, dataset_config, inspect_pair, overlay, show_samples, verify, write_task
 
 LOAD = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}]
 
@@ -92,7 +106,10 @@ def test_the_map_is_registered_with_the_picture(maps):
     "Blue of open water falls on sea, and worse so if the map is moved or turned over."
     earth, zone = (array[:2240] for array in maps)
     water = earth[..., 2] > 1.6 * earth[..., 0] + 3
-    agreement = [(water[::3, ::3] == (other[::3, ::3] == 0)).mean() for other in (zone, np.roll(zone, 8, 0), np.roll(zone, 8, 1), zone[::-1], zone[:, ::-1])]
+    agreement = [
+        (water[::3, ::3] == (other[::3, ::3] == 0)).mean()
+        for other in (zone, np.roll(zone, 8, 0), np.roll(zone, 8, 1), zone[::-1], zone[:, ::-1])
+    ]
     assert agreement[0] > .98 and max(agreement[1:]) < agreement[0] - .005
 
 
@@ -100,14 +117,24 @@ def test_objects_are_unseen_in_test():
     facts = read_pack("objects").columns
     concepts = [set(facts["concept"][facts["part"] == p]) for p in range(3)]
     assert not concepts[0] & concepts[1] and not concepts[0] & concepts[2] and not concepts[1] & concepts[2]
-    assert [set(facts["vendor"][facts["part"] == p]) for p in range(3)] == [{"twemoji", "fluent"}, {"twemoji", "fluent"}, {"noto_v1", "fxemoji"}]
+    assert [set(facts["vendor"][facts["part"] == p]) for p in range(3)] == [
+        {"twemoji", "fluent"},
+        {"twemoji", "fluent"},
+        {"noto_v1", "fxemoji"},
+    ]
     assert all(set(facts["label"][facts["part"] == p]) == set(range(1, 11)) for p in range(3))
 
 
 def test_objects_are_cut_to_their_bounds():
     for image in read_pack("objects").images[::10]:
         opaque = np.asarray(image)[..., 3] > 127
-        assert image.mode == "RGBA" and max(image.size) <= 192 and opaque.any(0)[[0, -1]].all() and opaque.any(1)[[0, -1]].all() and not opaque.all()
+        assert (
+            image.mode == "RGBA"
+            and max(image.size) <= 192
+            and opaque.any(0)[[0, -1]].all()
+            and opaque.any(1)[[0, -1]].all()
+            and not opaque.all()
+        )
 
 
 # --- climate
@@ -156,11 +183,15 @@ def test_masks_of_objects_are_exact():
         scenes = draw_scenes([i], STYLE, np.random.default_rng(i), test=False)
         image, mask = map(np.asarray, compose.compose(pack.images, pack.columns["label"], textures, scenes, 96))
         top = laid(pack.images[i], scenes[0], 96)
-        alpha, place = np.zeros((96, 96), np.uint8), [round(float(share) * (96 - side)) for share, side in zip(scenes[0]["place"], top.size)]
+        alpha, place = np.zeros((96, 96), np.uint8), [
+            round(float(share) * (96 - side)) for share, side in zip(scenes[0]["place"], top.size)
+        ]
         alpha[place[1]:place[1] + top.height, place[0]:place[0] + top.width] = np.asarray(top)[..., 3]
         assert ((mask == pack.columns["label"][i]) == (alpha > 127)).all() and set(np.unique(mask)) == {0, pack.columns["label"][i]}
         below = np.asarray(lit(ground(textures, scenes[0], 96), scenes[0]["light"]))
-        assert (image[alpha == 0] == below[alpha == 0]).all() and (np.abs(image[alpha > 250].astype(int) - below[alpha > 250]) > 2).any(-1).mean() > .7
+        assert (image[alpha == 0] == below[alpha == 0]).all() and (np.abs(image[alpha > 250].astype(int) - below[alpha > 250]) > 2).any(
+            -1
+        ).mean() > 0.7
 
 
 def test_a_later_object_covers_an_earlier_one():
@@ -177,7 +208,9 @@ def test_scenes_show_drawings_of_their_part(part):
     pack, rng = read_pack("objects"), np.random.default_rng(0)
     shown = [scene_objects(pack, part, rng) for _ in range(60)]
     assert {len(some) for some in shown} == {1, 2, 3}
-    assert {pack.columns["part"][i] for some in shown for i in some} == {PARTS.index(part)} and len({pack.columns["label"][i] for some in shown for i in some}) == 10
+    assert {pack.columns["part"][i] for some in shown for i in some} == {PARTS.index(part)} and len(
+        {pack.columns["label"][i] for some in shown for i in some}
+    ) == 10
 
 
 def test_test_scenes_lie_on_the_other_halves(monkeypatch):
@@ -215,7 +248,12 @@ def test_parts_do_not_depend_on_each_others_sizes(name, written, tmp_path):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_tree_is_palette_pictures_and_a_record(name, written):
     root, task, about = written[name], SEG_TASKS[name], read_json(written[name] / "task.json")
-    assert about["counts"] == {"train": 6, "val": 4, "test": 5} and about["classes"] == task.classes and about["image_size"] == 32 and about["seed"] == 0
+    assert (
+        about["counts"] == {"train": 6, "val": 4, "test": 5}
+        and about["classes"] == task.classes
+        and about["image_size"] == 32
+        and about["seed"] == 0
+    )
     assert sorted(about["packs"]) == sorted(RECIPES[name].packs) and len(set(about["sha256"].values())) == 3
     for part, n in about["counts"].items():
         names = [sorted(path.name for path in (root / folder / part).iterdir()) for folder in ("images", "annotations")]
@@ -235,10 +273,14 @@ def test_an_own_tree_is_replaced_and_anything_else_is_not(tmp_path):
     (tmp_path / "mine/letter.txt").write_text("dear")
     (tmp_path / "file").write_text("x")
     for name in ("mine", "file"):
-        with pytest.raises(FileExistsError, match="holds something else than a task: give another root"): write_task("seg_objects", tmp_path / name, 16, 1, 1, 1)
+        with pytest.raises(FileExistsError, match="holds something else than a task: give another root"):
+            write_task("seg_objects", tmp_path / name, 16, 1, 1, 1)
     (tmp_path / "empty").mkdir()
     write_task("seg_objects", tmp_path / "empty", 16, 1, 1, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "mine", "tree"] and (tmp_path / "mine/letter.txt").read_text() == "dear"
+    assert (
+        sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "mine", "tree"]
+        and (tmp_path / "mine/letter.txt").read_text() == "dear"
+    )
 
 
 def test_a_move_that_fails_puts_the_old_tree_back(tmp_path, monkeypatch):
@@ -270,7 +312,8 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch):
     ("seg_objects", {"train": 0}, ValueError, "train=0: at least one scene is needed"),
     ("seg_objects", {"image_size": 8}, ValueError, "image_size=8: pictures of less than 16 px")])
 def test_wrong_arguments_of_write_task(name, changed, error, text, tmp_path):
-    with pytest.raises(error) as caught: write_task(name, tmp_path / "tree", **({"image_size": 16, "train": 1, "val": 1, "test": 1} | changed))
+    with pytest.raises(error) as caught:
+        write_task(name, tmp_path / "tree", **({"image_size": 16, "train": 1, "val": 1, "test": 1} | changed))
     assert text in str(caught.value) and not list(tmp_path.iterdir())
 
 
@@ -279,14 +322,29 @@ def test_wrong_arguments_of_write_task(name, changed, error, text, tmp_path):
 
 def test_the_table_of_tasks():
     assert {name: (t.num_classes, t.background, t.reduce_zero_label, t.group) for name, t in SEG_TASKS.items()} == {
-        "seg_climate": (6, None, False, "embedded"), "seg_objects": (11, 0, False, "embedded"), "ade20k": (150, None, True, "published"), "pascal_context": (60, 0, False, "published")}
+        "seg_climate": (6, None, False, "embedded"),
+        "seg_objects": (11, 0, False, "embedded"),
+        "ade20k": (150, None, True, "published"),
+        "pascal_context": (60, 0, False, "published"),
+    }
     for task in SEG_TASKS.values():
         assert len(task.palette) == task.num_classes == len(set(task.classes)) and task.source and task.licence and task.origin
         assert len({tuple(colour) for colour in task.palette}) >= task.num_classes - 7  # the published palettes use a few colours twice
-    assert SEG_TASKS["ade20k"].published == {"train": 20210, "val": 2000} and SEG_TASKS["pascal_context"].published == {"train": 4998, "val": 5105}
+    assert SEG_TASKS["ade20k"].published == {"train": 20210, "val": 2000} and SEG_TASKS["pascal_context"].published == {
+        "train": 4998,
+        "val": 5105,
+    }
 
 
-@pytest.mark.parametrize("name, kind", [("seg_climate", "EmbeddedSegDataset"), ("seg_objects", "EmbeddedSegDataset"), ("ade20k", "ADE20KDataset"), ("pascal_context", "PascalContextDataset")])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("seg_climate", "EmbeddedSegDataset"),
+        ("seg_objects", "EmbeddedSegDataset"),
+        ("ade20k", "ADE20KDataset"),
+        ("pascal_context", "PascalContextDataset"),
+    ],
+)
 def test_every_tree_is_read_by_its_class(name, kind, trees):
     task = SEG_TASKS[name]
     sizes = {"embedded": (6, 4, 5), "published": (6, 4, 4)}[task.group]
@@ -314,7 +372,10 @@ def test_masks_of_ours_are_read_as_class_numbers(written):
             with Image.open(item["img_path"]) as image: assert (np.asarray(image) == item["img"][..., ::-1]).all()
 
 
-@pytest.mark.parametrize("name, split, text", [("ade", "train", "unknown segmentation task 'ade'"), ("ade20k", "training", "unknown split 'training'. Did you mean 'train'?")])
+@pytest.mark.parametrize("name, split, text", [("ade", "train", "unknown segmentation task 'ade'"), ("ade20k", "training", "unknown split "
+                                                                                                                           "'training'. "
+                                                                                                                           "Did you mean "
+                                                                                                                           "'train'?")])
 def test_unknown_names(name, split, text):
     with pytest.raises(KeyError) as caught: dataset_config(name, "x", split, [])
     assert text in str(caught.value)
@@ -322,9 +383,18 @@ def test_unknown_names(name, split, text):
 
 def test_a_tree_goes_through_the_training_transforms(written):
     "Crop, flip and packing of MMSegmentation: what a data loader of a runner yields."
-    pipeline = [*LOAD, {"type": "RandomCrop", "crop_size": (28, 28), "cat_max_ratio": .75}, {"type": "RandomFlip", "prob": 1.0}, {"type": "PackSegInputs"}]
+    pipeline = [
+        *LOAD,
+        {"type": "RandomCrop", "crop_size": (28, 28), "cat_max_ratio": 0.75},
+        {"type": "RandomFlip", "prob": 1.0},
+        {"type": "PackSegInputs"},
+    ]
     item = DATASETS.build(dataset_config("seg_objects", written["seg_objects"], "train", pipeline))[0]
-    assert item["inputs"].shape == (3, 28, 28) and item["data_samples"].gt_sem_seg.data.shape == (1, 28, 28) and item["data_samples"].metainfo["flip"]
+    assert (
+        item["inputs"].shape == (3, 28, 28)
+        and item["data_samples"].gt_sem_seg.data.shape == (1, 28, 28)
+        and item["data_samples"].metainfo["flip"]
+    )
 
 
 # --- verification
@@ -335,15 +405,26 @@ def test_what_is_in_order(originals):
     assert found["seg_climate"]["images"] == {"train": 6, "val": 4, "test": 5} and found["ade20k"]["images"] == {"train": 6, "val": 4}
     for name, report in found.items():
         json.dumps(report, allow_nan=False)
-        assert report["classes"] == SEG_TASKS[name].num_classes and all(abs(sum(shares.values()) - 1) < 1e-9 and list(shares) == SEG_TASKS[name].classes for shares in report["shares"].values())
-    assert found["ade20k"]["ignored"] == {"train": .25, "val": .25} == found["pascal_context"]["ignored"] and found["seg_objects"]["ignored"]["test"] == 0
-    assert found["ade20k"]["notes"] == ["train has 6 images, the published set 20,210", "val has 4 images, the published set 2,000"] and not found["seg_climate"]["notes"]
+        assert report["classes"] == SEG_TASKS[name].num_classes and all(
+            abs(sum(shares.values()) - 1) < 1e-9 and list(shares) == SEG_TASKS[name].classes for shares in report["shares"].values()
+        )
+    assert (
+        found["ade20k"]["ignored"] == {"train": 0.25, "val": 0.25} == found["pascal_context"]["ignored"]
+        and found["seg_objects"]["ignored"]["test"] == 0
+    )
+    assert (
+        found["ade20k"]["notes"] == ["train has 6 images, the published set 20,210", "val has 4 images, the published set 2,000"]
+        and not found["seg_climate"]["notes"]
+    )
     assert found["ade20k"]["shares"]["train"]["wall"] > 0
 
 
 def test_shares_are_those_of_the_masks(written):
     masks = np.stack([np.asarray(Image.open(path)) for path in sorted((written["seg_climate"] / "annotations/val").iterdir())])
-    assert list(verify("seg_climate", written["seg_climate"])["shares"]["val"].values()) == (np.bincount(masks.ravel(), minlength=6) / masks.size).tolist()
+    assert (
+        list(verify("seg_climate", written["seg_climate"])["shares"]["val"].values())
+        == (np.bincount(masks.ravel(), minlength=6) / masks.size).tolist()
+    )
 
 
 def test_strict_wants_the_published_numbers(trees):
@@ -351,8 +432,12 @@ def test_strict_wants_the_published_numbers(trees):
     verify("seg_objects", trees["seg_objects"], strict=True)
 
 
-PLACES = {"seg_climate": ("images/val", "annotations/val", "0"), "seg_objects": ("images/test", "annotations/test", "00003"),
-          "ade20k": ("images/validation", "annotations/validation", "ADE_val_00000002"), "pascal_context": ("JPEGImages", "SegmentationClassContext", "2008_002001")}
+PLACES = {
+    "seg_climate": ("images/val", "annotations/val", "0"),
+    "seg_objects": ("images/test", "annotations/test", "00003"),
+    "ade20k": ("images/validation", "annotations/validation", "ADE_val_00000002"),
+    "pascal_context": ("JPEGImages", "SegmentationClassContext", "2008_002001"),
+}
 
 
 def one(root, name):
@@ -372,8 +457,12 @@ def repaint(mask, **change):
     image.save(mask)
 
 
-VALUES = {"seg_climate": (6, "the 6 classes of seg_climate are stored as 0..5, 255 is ignored"), "seg_objects": (11, "the 11 classes of seg_objects are stored as 0..10, 255 is ignored"),
-          "ade20k": (151, "the 150 classes of ade20k are stored as 1..150, 0 and 255 are ignored"), "pascal_context": (60, "the 60 classes of pascal_context are stored as 0..59, 255 is ignored")}
+VALUES = {
+    "seg_climate": (6, "the 6 classes of seg_climate are stored as 0..5, 255 is ignored"),
+    "seg_objects": (11, "the 11 classes of seg_objects are stored as 0..10, 255 is ignored"),
+    "ade20k": (151, "the 150 classes of ade20k are stored as 1..150, 0 and 255 are ignored"),
+    "pascal_context": (60, "the 60 classes of pascal_context are stored as 0..59, 255 is ignored"),
+}
 
 
 @pytest.mark.parametrize("name", SEG_TASKS)
@@ -424,11 +513,21 @@ def test_many_faults_are_counted(trees):
 
 @pytest.mark.parametrize("name", SEG_TASKS)
 def test_a_head_of_another_class_count(name, trees):
-    with pytest.raises(ValueError, match=f"num_classes=7: {name} has {SEG_TASKS[name].num_classes} classes; give the head as many"): verify(name, trees[name], num_classes=7)
+    with pytest.raises(ValueError, match=f"num_classes=7: {name} has {SEG_TASKS[name].num_classes} classes; give the head as many"):
+        verify(name, trees[name], num_classes=7)
 
 
-@pytest.mark.parametrize("name, gone", [("ade20k", "annotations/validation"), ("ade20k", "images/training"), ("pascal_context", "ImageSets/SegmentationContext/val.txt"),
-                                        ("pascal_context", "SegmentationClassContext"), ("seg_climate", "images/test"), ("seg_climate", "task.json")])
+@pytest.mark.parametrize(
+    "name, gone",
+    [
+        ("ade20k", "annotations/validation"),
+        ("ade20k", "images/training"),
+        ("pascal_context", "ImageSets/SegmentationContext/val.txt"),
+        ("pascal_context", "SegmentationClassContext"),
+        ("seg_climate", "images/test"),
+        ("seg_climate", "task.json"),
+    ],
+)
 def test_missing_folders_and_lists(name, gone, trees):
     path = trees[name] / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -438,7 +537,8 @@ def test_missing_folders_and_lists(name, gone, trees):
 
 def test_a_part_without_images(trees):
     for path in (trees["ade20k"] / "images/training").iterdir(): path.unlink()
-    with pytest.raises(ValueError, match="images/training names no file with suffix .jpg; unpack ADEChallengeData2016.zip"): verify("ade20k", trees["ade20k"])
+    with pytest.raises(ValueError, match="images/training names no file with suffix .jpg; unpack ADEChallengeData2016.zip"):
+        verify("ade20k", trees["ade20k"])
     (trees["pascal_context"] / "ImageSets/SegmentationContext/train.txt").write_text("")
     with pytest.raises(ValueError, match="SegmentationContext/train.txt names no file"): verify("pascal_context", trees["pascal_context"])
 
@@ -450,9 +550,15 @@ def test_a_listed_image_that_is_not_there(trees):
     assert str(image) in str(caught.value)
 
 
-@pytest.mark.parametrize("change, text", [
-    ({"classes": list(ZONES[:5])}, "has 5 classes"), ({"name": "seg_objects"}, "holds 'seg_objects' of format"), ({"format": "else"}, "of format 'else', not seg_climate"),
-    ({"counts": {"train": 6, "val": 9, "test": 5}}, "val has 4 images, task.json says 9")])
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"classes": list(ZONES[:5])}, "has 5 classes"),
+        ({"name": "seg_objects"}, "holds 'seg_objects' of format"),
+        ({"format": "else"}, "of format 'else', not seg_climate"),
+        ({"counts": {"train": 6, "val": 9, "test": 5}}, "val has 4 images, task.json says 9"),
+    ],
+)
 def test_a_record_that_says_otherwise(change, text, trees):
     file = trees["seg_climate"] / "task.json"
     file.write_text(json.dumps(read_json(file) | change))
@@ -480,7 +586,11 @@ def test_inspection_counts_pixels(trees):
 def test_overlays_leave_background_and_ignored_pixels():
     image, mask = np.full((2, 3, 3), 100, np.uint8), np.array([[0, 1, 255], [2, 0, 5]], np.uint8)
     mixed = overlay(image, mask, SEG_TASKS["seg_objects"], share=1.0)
-    assert (mixed[mask == 0] == 100).all() and (mixed[mask == 255] == 100).all() and mixed[0, 1].tolist() == SEG_TASKS["seg_objects"].palette[1]
+    assert (
+        (mixed[mask == 0] == 100).all()
+        and (mixed[mask == 255] == 100).all()
+        and mixed[0, 1].tolist() == SEG_TASKS["seg_objects"].palette[1]
+    )
     assert overlay(image, mask, SEG_TASKS["seg_climate"], share=0.5)[0, 0].tolist() == [60, 80, 120]
     assert coloured(mask, SEG_TASKS["seg_climate"].palette)[0, 2].tolist() == [0, 0, 0]
 
@@ -492,7 +602,8 @@ def test_samples_are_shown(name, trees):
 
 
 def test_neither_the_package_nor_the_composer_needs_mmsegmentation():
-    code = "import sys, hierprompt, hierprompt.seg, hierprompt.seg.compose; print([m for m in sys.modules if m.split('.')[0] in ('mmseg', 'mmcv', 'mmengine')])"
+    code = ("import sys, hierprompt, hierprompt.seg, hierprompt.seg.compose; print([m for m in sys.modules if m.split('.')[0] in ('mmseg', "
+            "'mmcv', 'mmengine')])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
@@ -505,7 +616,12 @@ def test_the_most_frequent_class_is_worth_what_the_metric_says(name, originals):
     dataset, areas = DATASETS.build(dataset_config(name, originals[name], "test", LOAD)), 0.0
     for item in (dataset[i] for i in range(len(dataset))):
         truth = torch.from_numpy(item["gt_seg_map"].astype(int))
-        areas = areas + torch.stack(IoUMetric.intersect_and_union(torch.full_like(truth, task.classes.index(worth["class"])), truth, task.num_classes, 255)).double()
+        areas = (
+            areas
+            + torch.stack(
+                IoUMetric.intersect_and_union(torch.full_like(truth, task.classes.index(worth["class"])), truth, task.num_classes, 255)
+            ).double()
+        )
     found = IoUMetric.total_area_to_metrics(*areas)
     assert worth["miou"] == pytest.approx(100 * np.nanmean(found["IoU"]), rel=1e-12)
     assert worth["macc"] == pytest.approx(100 * np.nanmean(found["Acc"]), rel=1e-12)

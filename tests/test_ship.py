@@ -11,18 +11,24 @@ from safetensors.torch import load_file
 from test_engine import ARCHITECTURES, make_vit
 from torch.utils.flop_counter import FlopCounterMode
 
-from hierprompt.accounting import count_macs, count_parameters
 from hierprompt.data.tasks import Split
-from hierprompt.engine import Context
-from hierprompt.hosts import as_host
-from hierprompt.methods.ship import (affinity, cls_scores, layer_features, matching_loss, pairwise_cosine, partition, prompt_share, prototypes,
-                                     select)
-from hierprompt.methods.ship_reference import reference_forward
-from hierprompt.results import load_published
-from hierprompt.ship_report import logged_parameters
-from hierprompt.recipes import RECIPES, learning_rates
-from hierprompt.training import Trainer, fit, make_resident
-from hierprompt.tuned import load_tuned, tune
+from hierprompt.engine.accounting import count_macs, count_parameters
+from hierprompt.engine.block_loop import Context
+from hierprompt.engine.hosts import as_host
+from hierprompt.engine.tuned import load_tuned, tune
+from hierprompt.methods.ship.affinity import affinity, layer_features, pairwise_cosine, partition
+from hierprompt.methods.ship.reference import reference_forward
+from hierprompt.methods.ship.ship import (
+    cls_scores,
+    matching_loss,
+    prompt_share,
+    prototypes,
+    select,
+)
+from hierprompt.papers.ship import logged_parameters
+from hierprompt.results.published import load_published
+from hierprompt.training.loop import Trainer, fit, make_resident
+from hierprompt.training.recipes import RECIPES, learning_rates
 
 SMALL = dict(num_tokens=5, num_shared=2, num_attributes=4, num_prototypes=7, num_matching=3, starts=[0, 2, 4])   # for 17 tokens, 8 images
 NOTHING = dict(num_tokens=0, num_shared=0, num_ap_hierarchies=0, pml_weight=0.0)
@@ -89,35 +95,61 @@ def close(a, b, tolerance=EXACT): return (a - b).abs().max() <= tolerance * max(
 # The engine's form against the slow one
 
 CONFIGS = {
-    "paper": {}, "released": dict(preset="released"),
+    "paper": {},
+    "released": dict(preset="released"),
     **{f"{update}": dict(prompt_update=update) for update in UPDATES},
     **{f"{update}, no p2ip in the last block": dict(prompt_update=update, p2ip_last=False) for update in UPDATES},
     **{f"{update}, reinserted": dict(prompt_update=update, sip_mode="reinsert") for update in UPDATES},
-    "joint": dict(decoupled=False), "joint, reinserted": dict(decoupled=False, sip_mode="reinsert"),
+    "joint": dict(decoupled=False),
+    "joint, reinserted": dict(decoupled=False, sip_mode="reinsert"),
     "joint, released": dict(decoupled=False, preset="released"),
     "joint, no p2ip in the last block": dict(decoupled=False, p2ip_last=False),
-    "joint, SIP only": SIP_ONLY, "joint, SIP and PML": dict(SIP_ONLY, pml_weight=0.5),
-    "joint, no SIP": dict(decoupled=False, num_tokens=0), "joint, no prompts": dict(NOTHING, decoupled=False),
-    "no prompts": NOTHING, "no prompts but PML": dict(NOTHING, pml_weight=0.5),
-    "no SIP": dict(num_tokens=0), "no SIP, released": dict(num_tokens=0, preset="released"), "no SIP, p2ip": dict(num_tokens=0, prompt_update="p2ip"),
-    "no SSP": dict(num_shared=0), "no AP": dict(num_ap_hierarchies=0), "no PML": dict(pml_weight=0.0),
-    "AP only": dict(num_tokens=0, num_shared=0), "SSP only": dict(num_tokens=0, num_ap_hierarchies=0),
+    "joint, SIP only": SIP_ONLY,
+    "joint, SIP and PML": dict(SIP_ONLY, pml_weight=0.5),
+    "joint, no SIP": dict(decoupled=False, num_tokens=0),
+    "joint, no prompts": dict(NOTHING, decoupled=False),
+    "no prompts": NOTHING,
+    "no prompts but PML": dict(NOTHING, pml_weight=0.5),
+    "no SIP": dict(num_tokens=0),
+    "no SIP, released": dict(num_tokens=0, preset="released"),
+    "no SIP, p2ip": dict(num_tokens=0, prompt_update="p2ip"),
+    "no SSP": dict(num_shared=0),
+    "no AP": dict(num_ap_hierarchies=0),
+    "no PML": dict(pml_weight=0.0),
+    "AP only": dict(num_tokens=0, num_shared=0),
+    "SSP only": dict(num_tokens=0, num_ap_hierarchies=0),
     "DA and SIP only": dict(num_shared=0, num_ap_hierarchies=0, pml_weight=0.0),
-    "DA, SIP, SSP": dict(num_ap_hierarchies=0, pml_weight=0.0), "DA, SIP, SSP, AP": dict(pml_weight=0.0),
-    "no PML, released": dict(pml_weight=0.0, preset="released"), "no PML, p2ip": dict(pml_weight=0.0, prompt_update="p2ip"),
-    "one prompt": dict(num_tokens=1), "one of everything": dict(num_tokens=1, num_shared=1, num_attributes=1, num_matching=1),
-    "one AP": dict(num_ap_hierarchies=1), "more AP than hierarchies": dict(num_ap_hierarchies=9),
-    "one hierarchy": dict(starts=[0]), "one hierarchy, released": dict(starts=[0], preset="released"),
-    "two hierarchies": dict(starts=[0, 5]), "a hierarchy in every block": dict(starts=[*range(6)]),
+    "DA, SIP, SSP": dict(num_ap_hierarchies=0, pml_weight=0.0),
+    "DA, SIP, SSP, AP": dict(pml_weight=0.0),
+    "no PML, released": dict(pml_weight=0.0, preset="released"),
+    "no PML, p2ip": dict(pml_weight=0.0, prompt_update="p2ip"),
+    "one prompt": dict(num_tokens=1),
+    "one of everything": dict(num_tokens=1, num_shared=1, num_attributes=1, num_matching=1),
+    "one AP": dict(num_ap_hierarchies=1),
+    "more AP than hierarchies": dict(num_ap_hierarchies=9),
+    "one hierarchy": dict(starts=[0]),
+    "one hierarchy, released": dict(starts=[0], preset="released"),
+    "two hierarchies": dict(starts=[0, 5]),
+    "a hierarchy in every block": dict(starts=[*range(6)]),
     "every block, released": dict(starts=[*range(6)], preset="released", num_ap_hierarchies=6),
     "AP from block 1": dict(starts=[0, 1], num_ap_hierarchies=1),
     "AP carried far": dict(starts=[0, 1, 2], num_ap_hierarchies=2, preset="released"),
-    "logits": dict(select_score="logit"), "logits, joint": dict(select_score="logit", decoupled=False),
-    "no class token": dict(select_include_cls=False), "no class token, logits": dict(select_include_cls=False, select_score="logit"),
-    "cosine sum": dict(ap_norm="sum"), "cold": dict(ap_temperature=0.07), "lambda_a 0": dict(lambda_a=0.0), "lambda_a 1": dict(lambda_a=1.0),
-    "lambda_d 0": dict(lambda_d=0.0), "lambda_d 0.5": dict(lambda_d=0.5), "lambda_d 1": dict(lambda_d=1.0),
-    "all tokens match": dict(num_matching=17), "all tokens are attributes": dict(num_attributes=17),
-    "all but one match": dict(num_matching=16), "all patches match": dict(num_matching=16, select_include_cls=False), "PML 2": dict(pml_weight=2.0),
+    "logits": dict(select_score="logit"),
+    "logits, joint": dict(select_score="logit", decoupled=False),
+    "no class token": dict(select_include_cls=False),
+    "no class token, logits": dict(select_include_cls=False, select_score="logit"),
+    "cosine sum": dict(ap_norm="sum"),
+    "cold": dict(ap_temperature=0.07),
+    "lambda_a 0": dict(lambda_a=0.0),
+    "lambda_a 1": dict(lambda_a=1.0),
+    "lambda_d 0": dict(lambda_d=0.0),
+    "lambda_d 0.5": dict(lambda_d=0.5),
+    "lambda_d 1": dict(lambda_d=1.0),
+    "all tokens match": dict(num_matching=17),
+    "all tokens are attributes": dict(num_attributes=17),
+    "all but one match": dict(num_matching=16),
+    "all patches match": dict(num_matching=16, select_include_cls=False),
+    "PML 2": dict(pml_weight=2.0),
 }
 
 
@@ -149,7 +181,9 @@ def test_engine_equals_slow_form(name, vit6, floats):
     assert close(model.tokens(floats)[:, 0], slow)
 
 
-@pytest.mark.parametrize("architecture", ["LayerScale", "pre-norm and qk-norm", "registers", "average pooling", "no qkv bias", "dynamic image size"])
+@pytest.mark.parametrize(
+    "architecture", ["LayerScale", "pre-norm and qk-norm", "registers", "average pooling", "no qkv bias", "dynamic image size"]
+)
 @pytest.mark.parametrize("name", ["released", "p2ip", "joint", "paper"])
 def test_engine_equals_slow_form_on_other_backbones(architecture, name, floats):
     model = ship(sharp_vit(depth=4, **ARCHITECTURES[architecture]), floats, starts=[0, 1, 3], **CONFIGS[name])
@@ -165,8 +199,21 @@ def test_engine_equals_slow_form_on_twelve_blocks(name, floats):
     with torch.no_grad(): assert close(model.eval().features(floats), slow) and close(model.features(floats), slow)
 
 
-@pytest.mark.parametrize("name", ["released", "paper", "joint", "p2ip", "freeze", "no SIP", "AP carried far", "no PML", "skip_attn, reinserted",
-                                  "proj_ln, no p2ip in the last block"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "released",
+        "paper",
+        "joint",
+        "p2ip",
+        "freeze",
+        "no SIP",
+        "AP carried far",
+        "no PML",
+        "skip_attn, reinserted",
+        "proj_ln, no p2ip in the last block",
+    ],
+)
 def test_engine_equals_slow_form_under_drop_path(name, vit6, floats, monkeypatch):
     "The same masks for instance tokens and prompts: what the engine draws is handed to the slow form."
     model, drawn = ship(vit6, floats, **CONFIGS[name]).train(), []
@@ -176,7 +223,7 @@ def test_engine_equals_slow_form_under_drop_path(name, vit6, floats, monkeypatch
         drawn.append((rate, timm.layers.drop_path(ones, rate, training)))
         return drawn[-1][1]
 
-    monkeypatch.setattr("hierprompt.engine.drop_path", draw)
+    monkeypatch.setattr("hierprompt.engine.block_loop.drop_path", draw)
     torch.manual_seed(0)
     forward(model, floats)
     rates = [rate for rate, _ in drawn]
@@ -184,11 +231,11 @@ def test_engine_equals_slow_form_under_drop_path(name, vit6, floats, monkeypatch
     masks = [(1.0, 1.0)] + [(drawn[i][1], drawn[i + 1][1]) for i in range(0, 10, 2)]
     assert len({tuple(mask.flatten().tolist()) for pair in masks[1:] for mask in pair}) > 3
     again = iter([mask for _, mask in drawn])
-    monkeypatch.setattr("hierprompt.engine.drop_path", lambda ones, rate, training: next(again))
+    monkeypatch.setattr("hierprompt.engine.block_loop.drop_path", lambda ones, rate, training: next(again))
     compare(model, floats, masks)
 
 
-# The invariants of spec section 6, by their numbers
+# The invariants of SHIP spec 6, by their numbers
 
 @pytest.mark.parametrize("update", UPDATES)
 def test_invariant_01_lambda_d_0_is_the_frozen_backbone(update, vit6, floats):
@@ -300,7 +347,9 @@ def test_invariant_11_matching_loss():
     prompts, tokens = torch.randn(4, 6, 16, generator=generator), torch.randn(4, 3, 16, generator=generator)
     loss, scale = matching_loss(prompts, tokens), torch.rand(4, 6, 1, generator=generator) * 5 + 0.1
     assert 0 <= loss <= 2
-    assert loss.item() == pytest.approx(sum(min(1 - F.cosine_similarity(p, t, 0).item() for t in z) for q, z in zip(prompts, tokens) for p in q) / 24)
+    assert loss.item() == pytest.approx(
+        sum(min(1 - F.cosine_similarity(p, t, 0).item() for t in z) for q, z in zip(prompts, tokens) for p in q) / 24
+    )
     assert close(matching_loss(prompts * scale, tokens), loss) and close(matching_loss(prompts, tokens * scale[:, :3]), loss)
     assert close(matching_loss(prompts.flip(1), tokens.flip(1)), loss)
     assert matching_loss(tokens[:, [0, 2, 2]] * scale[:, :3], tokens).abs() < EXACT
@@ -314,7 +363,9 @@ def test_invariant_12_matching_loss_pulls_tokens_too(preset, vit6, floats):
     "The first set is dropped at block 2: only through the instance tokens can it move the loss."
     model = ship(vit6, floats, preset=preset).train()
     _, loss = forward(model, floats)
-    grads = dict(zip(("sip", "ssp", "ap"), torch.autograd.grad(loss, [model.tuner.sip_prompts, model.tuner.ssp_prompts, model.tuner.ap_prompts])))
+    grads = dict(
+        zip(("sip", "ssp", "ap"), torch.autograd.grad(loss, [model.tuner.sip_prompts, model.tuner.ssp_prompts, model.tuner.ap_prompts]))
+    )
     assert all(grads["sip"][m].abs().max() > 1e-9 for m in range(3)) and grads["ssp"].abs().max() > 1e-6
     assert all(grads["ap"][j].abs().max() > 1e-9 for j in range(2))
 
@@ -382,7 +433,8 @@ def test_invariant_15_exactly_the_declared_tensors_get_gradients(vit6, floats):
         assert all((g["weight_decay"] == wd) if p.ndim > 1 else g["weight_decay"] == 0 for g in optimizer.param_groups for p in g["params"])
 
 
-WINNERS = load_published("ship_winners").set_index("task").join(load_published("ship_partitions").set_index("task").starts)   # spec 2 and 4
+# SHIP spec 2 and 4
+WINNERS = load_published("ship_winners").set_index("task").join(load_published("ship_partitions").set_index("task").starts)
 
 
 def official_starts(name): return [*map(int, WINNERS.starts[name].split())]
@@ -397,7 +449,16 @@ def wide():
 @pytest.mark.parametrize("name", WINNERS.index)
 def test_invariant_16_counts_of_all_winning_runs(name, wide):
     row = WINNERS.loc[name]
-    model = tune(wide, "ship", int(row.classes), num_tokens=int(row.P), starts=official_starts(name), num_prototypes=2, num_attributes=10, num_matching=5)
+    model = tune(
+        wide,
+        "ship",
+        int(row.classes),
+        num_tokens=int(row.P),
+        starts=official_starts(name),
+        num_prototypes=2,
+        num_attributes=10,
+        num_matching=5,
+    )
     model.prepare(torch.rand(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))
     assert count_parameters(model)["with_head"] == row.n_effective
     assert logged_parameters(row.n_effective, row.P, weight_decay=row.wd) == row.n_log
@@ -420,13 +481,14 @@ def test_invariant_17_affinity(vit6, floats):
     for size in (1, 3, 7): assert close(affinity(host, floats.split(size))[0], S, 1e-6)
 
 
-# super-diagonals of six of the released matrices (spec 5, Fig. 1c)
-SUPERDIAGONALS = {row[0]: row[1:] for row in load_published("ship_fig1c").itertuples(index=False, name=None)}   # spec 5, figure 1c
+# super-diagonals of six of the released matrices (SHIP spec 5, Fig. 1c)
+SUPERDIAGONALS = {row[0]: row[1:] for row in load_published("ship_fig1c").itertuples(index=False, name=None)}   # SHIP spec 5, figure 1c
 PREVIOUS_RULE_TOO = {"dtd", "patch_camelyon", "resisc45", "dsprites_loc", "smallnorb_azi", "diabetic_retinopathy"}
 
 
 def constructed(name):
-    "A matrix with the printed super-diagonal (elsewhere invented), falling along its rows, in which each anchor's row has the official groups."
+    """A matrix with the printed super-diagonal (elsewhere invented), falling along its rows, in which each anchor's row has the official
+    groups."""
     threshold, starts = WINNERS["lambda"][name], official_starts(name)
     near = lambda j: threshold - 0.004 if j in starts and (j - 1 in starts or name in PREVIOUS_RULE_TOO) else threshold + 0.004
     S = torch.eye(12, dtype=torch.float64)
@@ -507,7 +569,8 @@ def test_invariant_21_training_mode(vit6, floats):
     assert not torch.equal(forward(model, floats)[0], forward(model, floats)[0])
     first = [z for z, _ in watch(model, floats)]
     again = [z for z, _ in watch(model, floats)]
-    assert [torch.equal(a, b) for a, b in zip(first, again)][:2] == [True, True] and not torch.equal(first[-1], again[-1])   # block 0 drops nothing
+    # block 0 drops nothing
+    assert [torch.equal(a, b) for a, b in zip(first, again)][:2] == [True, True] and not torch.equal(first[-1], again[-1])
 
 
 @pytest.mark.parametrize("starts", [[0], [0, 4], [0, 1]])
@@ -536,7 +599,9 @@ def test_invariant_23_joint_softmax_is_decoupled_attention_with_its_own_weight(v
     for parts in ([4], [1, 3]): assert close(prompt_share(q, k, list(zip(pk.split(parts, 2), pv.split(parts, 2)))), rho[..., 0])
 
 
-@pytest.mark.parametrize("changes", [{}, dict(preset="released", starts=None, threshold=0.9), dict(NOTHING, num_tokens=3), dict(starts=[0])], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, dict(preset="released", starts=None, threshold=0.9), dict(NOTHING, num_tokens=3), dict(starts=[0])], ids=str
+)
 def test_invariant_24_save_and_load(changes, floats, tmp_path):
     images = (floats * 60 + 128).clamp(0, 255).to(torch.uint8)
     model = tune(sharp_vit(), "ship", 3, **{**SMALL, **changes})
@@ -567,7 +632,7 @@ def restored(vit, **config):
 
 
 def test_macs_of_cached_inference():
-    "Spec 7: 16.71 G for the Cifar100 run, below the frozen ViT's 17.56 G; the released arithmetic needs 22.79 G."
+    "SHIP spec 7: 16.71 G for the Cifar100 run, below the frozen ViT's 17.56 G; the released arithmetic needs 22.79 G."
     with torch.device("meta"): vit = timm.create_model("vit_base_patch16_224", num_classes=0).eval()
     model = restored(vit, preset="released", starts=[0, 2, 4, 6, 8, 11])
     with torch.no_grad(), FlopCounterMode(display=False) as counter: vit(torch.empty(1, 3, 224, 224, device="meta"))
@@ -644,7 +709,9 @@ def test_prepare_sees_bytes_and_floats_alike(vit6):
     models = [tune(vit6, "ship", 3, **{**SMALL, "starts": None, "threshold": 0.9}) for _ in "ab"]
     models[0].prepare(images, LABELS)
     models[1].prepare(models[1].normalise(images), LABELS)
-    assert models[0].config == models[1].config and models[0].config.starts == partition(affinity(as_host(vit6), [models[1].normalise(images)])[0], 0.9)
+    assert models[0].config == models[1].config and models[0].config.starts == partition(
+        affinity(as_host(vit6), [models[1].normalise(images)])[0], 0.9
+    )
     assert close(models[0].tuner.prototypes, models[1].tuner.prototypes)
     assert all(torch.equal(a, b) for a, b in zip(models[0].tuner.parameters(), models[1].tuner.parameters()))
 
@@ -658,7 +725,9 @@ def test_fit_prepares(vit):
         assert [row["loss"] for row in histories[0].rows] == [row["loss"] for row in histories[1].rows]
 
 
-@pytest.mark.parametrize("changes", [{}, dict(decoupled=False), dict(num_tokens=0, num_shared=0), NOTHING], ids=["all", "joint", "AP only", "nothing"])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(decoupled=False), dict(num_tokens=0, num_shared=0), NOTHING], ids=["all", "joint", "AP only", "nothing"]
+)
 def test_diagnostics(changes, vit6, floats):
     model = ship(vit6, floats, **changes)
     found = model.diagnostics(floats)
@@ -667,7 +736,11 @@ def test_diagnostics(changes, vit6, floats):
         with_prompts = [prompts.shape[1] > 0 for _, prompts in watch(model, floats)]
         assert [share > 0 for share in found["joint_prompt_share"]] == with_prompts                    # one number for every block
         assert max(found["joint_prompt_share"]) < 1
-        assert 1 / 7 < found["attribute_weight_max"] < 1 and 1 < found["attribute_prototypes_used"] <= 7 and -1 <= found["attribute_cosine"] <= 1 + 1e-6
+        assert (
+            1 / 7 < found["attribute_weight_max"] < 1
+            and 1 < found["attribute_prototypes_used"] <= 7
+            and -1 <= found["attribute_cosine"] <= 1 + 1e-6
+        )
     assert model.eval().diagnostics(floats) == found and not model.training
 
 
@@ -713,18 +786,27 @@ def test_bad_settings(changes, message, vit6):
     with pytest.raises(ValueError, match=message): tune(vit6, "ship", 3, **changes)
 
 
-@pytest.mark.parametrize("use", ["forward", "features", "tokens", "loss", "losses", "trainable", "diagnostics", "count_parameters", "count_macs"])
+@pytest.mark.parametrize(
+    "use", ["forward", "features", "tokens", "loss", "losses", "trainable", "diagnostics", "count_parameters", "count_macs"]
+)
 def test_use_before_prepare(use, vit6, floats):
     model = tune(vit6, "ship", 3, **SMALL)
-    functions = dict(count_parameters=lambda: count_parameters(model), count_macs=lambda: count_macs(model, 32), trainable=lambda: model.trainable(),
-                     loss=lambda: model.loss(floats, LABELS), losses=lambda: model.losses(floats, LABELS))
+    functions = dict(
+        count_parameters=lambda: count_parameters(model),
+        count_macs=lambda: count_macs(model, 32),
+        trainable=lambda: model.trainable(),
+        loss=lambda: model.loss(floats, LABELS),
+        losses=lambda: model.losses(floats, LABELS),
+    )
     assert not model.tuner.prepared
-    with pytest.raises(RuntimeError, match=r"call model.prepare\(images, labels\)"): functions.get(use, lambda: getattr(model, use)(floats))()
+    with pytest.raises(RuntimeError, match=r"call model.prepare\(images, labels\)"):
+        functions.get(use, lambda: getattr(model, use)(floats))()
     assert tune(vit6, "ship", 3, **{**SMALL, "num_ap_hierarchies": 0}).tuner.prepared              # then there is nothing to look for
 
 
 def test_bad_images_in_prepare(vit6, floats):
-    with pytest.raises(ValueError, match="num_prototypes = 9 clusters.*there are 8.*num_prototypes <= 8"): ship(vit6, floats, num_prototypes=9)
+    with pytest.raises(ValueError, match="num_prototypes = 9 clusters.*there are 8.*num_prototypes <= 8"):
+        ship(vit6, floats, num_prototypes=9)
     with pytest.raises(ValueError, match=r"images are \(16, 16\) pixels, this backbone wants \(32, 32\)"): ship(vit6, floats[..., :16, :16])
     model = ship(vit6, floats)
     with pytest.raises(ValueError, match=r"images are \(16, 16\) pixels, this backbone wants \(32, 32\)"): model(floats[..., :16, :16])

@@ -7,19 +7,31 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from test_methods import other_vit
 from torch import nn
 
-from hierprompt.accounting import count_parameters
-from hierprompt.backbones import load_backbone
+from hierprompt.backbones.pretrained import load_backbone
 from hierprompt.data.tasks import Split
-from hierprompt.engine import Context
-from hierprompt.hosts import as_host
-from hierprompt.methods.spt import (Behind, LowRank, SPTAdapter, SPTAdapterConfig, SPTConfig, SPTLoRA, allocate, candidates, merge_spt,
-                                    promotion, ranked, sensitivity)
-from hierprompt.recipes import recipe
-from hierprompt.training import Trainer, make_resident
-from hierprompt.tuned import load_tuned, tune
-from test_methods import other_vit
+from hierprompt.engine.accounting import count_parameters
+from hierprompt.engine.block_loop import Context
+from hierprompt.engine.hosts import as_host
+from hierprompt.engine.tuned import load_tuned, tune
+from hierprompt.methods.vit.spt import (
+    Behind,
+    LowRank,
+    SPTAdapter,
+    SPTAdapterConfig,
+    SPTConfig,
+    SPTLoRA,
+    allocate,
+    candidates,
+    merge_spt,
+    promotion,
+    ranked,
+    sensitivity,
+)
+from hierprompt.training.loop import Trainer, make_resident
+from hierprompt.training.recipes import recipe
 
 METHODS = {"spt_lora": LowRank, "spt_adapter": Behind}
 LABELS = torch.arange(6) % 3
@@ -107,7 +119,8 @@ def test_prepare_leaves_everything_as_it_was(vit, images, training, fails):
     flags, modes = {n: p.requires_grad for n, p in model.named_parameters()}, [m.training for m in model.modules()]
     random = torch.get_rng_state()
     if fails:
-        with pytest.raises(IndexError): model.tuner.prepare(model, torch.zeros(6, 3, 32, 32), LABELS + 9, None)   # classes that there are not
+        # classes that there are not
+        with pytest.raises(IndexError): model.tuner.prepare(model, torch.zeros(6, 3, 32, 32), LABELS + 9, None)
     else: model.tuner.prepare(model, images, LABELS, None)
     assert model.tuner.prepared != fails
     now = dict(model.named_parameters())
@@ -128,7 +141,14 @@ def test_prepare_works_once_and_needs_no_gradient_mode(vit, images):
 
 # --- stage 2 ---
 
-SHAPES = {"0_q_weight": (16, 16), "0_q_bias": (16,), "0_fc1_weight": (40, 16), "0_fc1_bias": (40,), "0_norm1_weight": (15,), "1_q_weight": (16, 16)}
+SHAPES = {
+    "0_q_weight": (16, 16),
+    "0_q_bias": (16,),
+    "0_fc1_weight": (40, 16),
+    "0_fc1_bias": (40,),
+    "0_norm1_weight": (15,),
+    "1_q_weight": (16, 16),
+}
 
 
 def random_scores(seed):
@@ -185,7 +205,7 @@ def test_an_allocation_holds_the_highest_scores():
 
 
 def test_thresholds():
-    "Spec 1.19: at least cost / 10 for a matrix, more than 20 % for a vector."
+    "baselines spec 1.19: at least cost / 10 for a matrix, more than 20 % for a vector."
     config = SPTConfig()
     assert promotion((768, 768), config, LowRank.cost) == (1229, 12_288)        # 1228.8
     assert promotion((3072, 768), config, LowRank.cost) == (3072, 30_720)       # exactly a tenth is enough
@@ -200,8 +220,11 @@ def test_a_budget_is_never_exceeded(vit, images, method, budget):
     model = ready(vit, images, method, budget=budget)
     trained = count_parameters(model)["without_head"]
     assert trained == 64 + sum(model.tuner.spent().values()) <= budget
-    assert trained >= budget - max(METHODS[method].cost(s, 8) for s in model.tuner.shapes.values() if len(s) > 1) or int(model.tuner.tau) == budget * 4 \
+    assert (
+        trained >= budget - max(METHODS[method].cost(s, 8) for s in model.tuner.shapes.values() if len(s) > 1)
+        or int(model.tuner.tau) == budget * 4
         or budget == 10**6
+    )
 
 
 @pytest.mark.parametrize("class_token", [True, False])
@@ -228,7 +251,10 @@ def test_the_most_that_vit_base_can_train(method, module, most):
 def test_released_adapters_take_loras_masks(vit, images):
     of_lora, own, released = (ready(vit, images, m, masks=k) if m == "spt_adapter" else ready(vit, images, m)
                               for m, k in (("spt_lora", ""), ("spt_adapter", "own"), ("spt_adapter", "lora")))
-    where = lambda model: (set(model.tuner.sides), {n: d.index if d.index is None else d.index.tolist() for n, d in model.tuner.deltas.items()})
+    where = lambda model: (
+        set(model.tuner.sides),
+        {n: d.index if d.index is None else d.index.tolist() for n, d in model.tuner.deltas.items()},
+    )
     assert where(released) == where(of_lora) != where(own)
 
 
@@ -314,7 +340,11 @@ def test_nothing_but_the_allocation_trains(vit, images, method):
     frozen = {n: p.clone() for n, p in model.host.vit.named_parameters() if n != "cls_token"}
     before = {n: p.detach().clone() for n, p in model.trainable().items()}
     steps(model, images)
-    assert all(torch.equal(p, frozen[n]) and p.grad is None and not p.requires_grad for n, p in model.host.vit.named_parameters() if n != "cls_token")
+    assert all(
+        torch.equal(p, frozen[n]) and p.grad is None and not p.requires_grad
+        for n, p in model.host.vit.named_parameters()
+        if n != "cls_token"
+    )
     assert all(torch.equal(t, kept[n]) for n, t in vit.state_dict().items())
     inert = {n for n in before if "_k_bias" in n}                                           # softmax does not see a key's bias
     assert {n for n, p in model.trainable().items() if torch.equal(p, before[n])} <= inert
@@ -366,7 +396,9 @@ def test_restore_names_what_does_not_fit(vit, images):
 
 
 def test_an_interrupted_run_goes_on_bitwise(vit, tmp_path):
-    split = Split(torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 3)
+    split = Split(
+        torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 3
+    )
 
     def make():
         torch.manual_seed(0)
@@ -411,7 +443,11 @@ def test_segmentation(vit, images, method, module):
     masks = torch.randint(0, 3, (6, 32, 32))
     masks[:, :8] = 255
     state = {n: t.clone() for n, t in model.state_dict().items()}
-    given = model if module else SimpleNamespace(host=model.host, device=model.device, normalise=model.normalise, engine=model.engine, loss=model.eval().loss)
+    given = (
+        model
+        if module
+        else SimpleNamespace(host=model.host, device=model.device, normalise=model.normalise, engine=model.engine, loss=model.eval().loss)
+    )
     assert model.tuner.needs_targets
     model.tuner.prepare(given, images, masks, None)
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in state.items() if not n.endswith("tau"))
@@ -429,10 +465,22 @@ def test_segmentation(vit, images, method, module):
 
 # --- bad input ---
 
-@pytest.mark.parametrize("settings,message", [
-    (dict(budget=0), "budget = 0 must be at least 1"), (dict(rank=0), "rank = 0"), (dict(alpha=0.5), "alpha = 0.5"), (dict(beta=0.0), "beta = 0.0"),
-    (dict(batches=0), "batches = 0"), (dict(batch_size=0), "batch_size = 0"), (dict(tau_step=0), "tau_step = 0"), (dict(tau_max=10), "less than tau_step"),
-    (dict(dropout=1.0), "dropout = 1.0"), (dict(module_drop_path=-0.1), "module_drop_path = -0.1"), (dict(match="above"), "match")])
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        (dict(budget=0), "budget = 0 must be at least 1"),
+        (dict(rank=0), "rank = 0"),
+        (dict(alpha=0.5), "alpha = 0.5"),
+        (dict(beta=0.0), "beta = 0.0"),
+        (dict(batches=0), "batches = 0"),
+        (dict(batch_size=0), "batch_size = 0"),
+        (dict(tau_step=0), "tau_step = 0"),
+        (dict(tau_max=10), "less than tau_step"),
+        (dict(dropout=1.0), "dropout = 1.0"),
+        (dict(module_drop_path=-0.1), "module_drop_path = -0.1"),
+        (dict(match="above"), "match"),
+    ],
+)
 def test_settings_that_cannot_be(vit, settings, message):
     with pytest.raises((ValueError, TypeError), match=message): tune(vit, "spt_lora", 3, **settings)
 
@@ -441,8 +489,14 @@ def test_masks_are_a_setting_of_adapters_alone(vit):
     with pytest.raises(TypeError, match="masks"): tune(vit, "spt_lora", 3, masks="lora")
 
 
-@pytest.mark.parametrize("settings,labels,message", [
-    (dict(budget=64), LABELS, "class token alone has 64"), (dict(tau_step=10**7, tau_max=10**7), LABELS, "smaller tau_step"), (dict(), LABELS[:4], "6 images and 4 labels")])
+@pytest.mark.parametrize(
+    "settings,labels,message",
+    [
+        (dict(budget=64), LABELS, "class token alone has 64"),
+        (dict(tau_step=10**7, tau_max=10**7), LABELS, "smaller tau_step"),
+        (dict(), LABELS[:4], "6 images and 4 labels"),
+    ],
+)
 def test_what_cannot_be_prepared_stays_unprepared(vit, images, settings, labels, message):
     model = tune(vit, "spt_lora", 3, **{**MIXED, **settings})
     with pytest.raises(ValueError, match=message): model.prepare(images, labels)

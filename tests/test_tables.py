@@ -4,11 +4,24 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from hierprompt.figures import FIGURES, write_figures
-from hierprompt.results import averages, example_metrics, load_published
-from hierprompt.published import BASELINES, MEANS, OTHERS, published_groups, published_means, published_tasks, rows_of
-from hierprompt.tables import (build_table, difference, entries, markdown, means_part, notes, numbers, published_part, task_groups, tasks_part,
-                               why_not, write_tables)
+from hierprompt.results.figures import FIGURES, write_figures
+from hierprompt.results.metrics import averages, example_metrics
+from hierprompt.results.published import load_published
+from hierprompt.results.published_rows import BASELINES, MEANS, OTHERS, published_groups, published_means, published_tasks, rows_of
+from hierprompt.results.tables import (
+    build_table,
+    column_texts,
+    difference,
+    markdown,
+    means_part,
+    notes,
+    numbers,
+    published_part,
+    task_groups,
+    tasks_part,
+    why_not,
+    write_tables,
+)
 
 ORIG = {"name": "vit_base_patch16_224.orig_in21k", "sha256": "0" * 64}
 PAPER = published_groups()
@@ -46,8 +59,12 @@ def test_every_published_row_is_shown_once():
 
 
 def test_all_published_names_exist():
-    tables = {"SHIP Table I": load_published("ship_table1"), "DA-VPT Table 1": load_published("davpt_table1"),
-              "DA-VPT Tables 3 and 9": load_published("davpt_appendix_vtab_per_task"), "SHIP, released runs": pd.DataFrame({"method": ["SHIP"]})}
+    tables = {
+        "SHIP Table I": load_published("ship_table1"),
+        "DA-VPT Table 1": load_published("davpt_table1"),
+        "DA-VPT Tables 3 and 9": load_published("davpt_appendix_vtab_per_task"),
+        "SHIP, released runs": pd.DataFrame({"method": ["SHIP"]}),
+    }
     for row in [*BASELINES, *OTHERS]:
         for source, name in row.published.items(): assert name in set(tables[source].method), (row.label, source)
 
@@ -66,7 +83,9 @@ def test_single_tasks_as_published():
 
 def test_the_released_runs_of_ship_are_a_row_of_their_own():
     means = published_means(OTHERS).query("source == 'SHIP, released runs'").iloc[0]
-    assert means[["natural", "specialized", "structured", "mean_of_groups"]].tolist() == pytest.approx([82.584, 86.630, 61.527, 76.914], abs=6e-4)
+    assert means[["natural", "specialized", "structured", "mean_of_groups"]].tolist() == pytest.approx(
+        [82.584, 86.630, 61.527, 76.914], abs=6e-4
+    )
     assert (means.params, means.protocol, means.variant) == (pytest.approx(0.583, abs=5e-4), "best test epoch", "ship_winners")
     tasks = published_tasks(OTHERS, ["cifar100", "kitti"]).query("source == 'SHIP, released runs'").iloc[0]
     assert tasks[["cifar100", "kitti"]].tolist() == [76.63, 81.153]
@@ -75,20 +94,42 @@ def test_the_released_runs_of_ship_are_a_row_of_their_own():
 def test_rows_of_one_paper():
     rows = rows_of()
     assert [row.published for row in rows] == [{"SHIP Table I": m} for m in load_published("ship_table1").method]
-    assert [row.variant for row in rows] == ["full", "linear", "adapter", "lora", "noah", "sct", "vpt_deep", "dam_vp", "e2vpt", "sa2vp", "ship"]
+    assert [row.variant for row in rows] == [
+        "full",
+        "linear",
+        "adapter",
+        "lora",
+        "noah",
+        "sct",
+        "vpt_deep",
+        "dam_vp",
+        "e2vpt",
+        "sa2vp",
+        "ship",
+    ]
     with pytest.raises(KeyError, match="method of nowhere"): rows_of("nowhere")
 
 
 def test_table_1_of_ship(tmp_path):
     run_paper(tmp_path, "vpt_deep", without=["cub200", "nabirds", "oxford_flowers", "stanford_dogs", "stanford_cars"])
     vtab = [t for t, g in PAPER.items() if g != "fine_grained"]
-    table = build_table("paper", ["vpt_deep", "ship_winners"], vtab, tmp_path, "SHIP Table I", rows_of(), [r for r in OTHERS if r.variant == "ship_winners"],
-                        remarks=["a remark"])
+    table = build_table(
+        "paper",
+        ["vpt_deep", "ship_winners"],
+        vtab,
+        tmp_path,
+        "SHIP Table I",
+        rows_of(),
+        [r for r in OTHERS if r.variant == "ship_winners"],
+        remarks=["a remark"],
+    )
     part = means_part(table).set_index("Method")
     assert part.index.tolist()[-2:] == ["SHIP", "SHIP, settings of the released runs"] and len(part) == 12
     assert part["published, M"].tolist()[:4] == ["85.80", "0.04", "0.16", "0.29"] and part.at["SHIP", "Mean of groups (3)"] == "not run"
     shown = published_part(table).set_index(["Method", "Source"])
-    assert shown.at[("SHIP", "SHIP Table I"), "Mean of groups"] == "76.90" and shown.at[("VPT-Deep", "SHIP Table I"), "Ours − published"].startswith("Mean of groups")
+    assert shown.at[("SHIP", "SHIP Table I"), "Mean of groups"] == "76.90" and shown.at[
+        ("VPT-Deep", "SHIP Table I"), "Ours − published"
+    ].startswith("Mean of groups")
     assert notes(table)[-1] == "a remark" and "SHIP, released runs" in set(tasks_part(table).Source)
 
 
@@ -118,7 +159,8 @@ def test_rows_of_the_best_test_epoch_are_compared_with_acc_best_test(tmp_path):
 
 @pytest.mark.parametrize("options, reason", [
     (dict(profile="reference"), "the profile is reference, not paper"), (dict(without=["kitti"]), "VPT-Deep was not run on all tasks"),
-    (dict(backbone={"name": "tiny_random", "sha256": None}), "VPT-Deep ran on tiny_random, DA-VPT Table 1 on vit_base_patch16_224.orig_in21k")])
+    (dict(backbone={"name": "tiny_random", "sha256": None}), "VPT-Deep ran on tiny_random, DA-VPT Table 1 on "
+                                                             "vit_base_patch16_224.orig_in21k")])
 def test_why_a_row_is_not_comparable(tmp_path, options, reason):
     run_paper(tmp_path, "vpt_deep", **options)
     table = build_table(options.get("profile", "paper"), ["vpt_deep"], list(PAPER), tmp_path)
@@ -133,7 +175,10 @@ def test_a_missing_task_forbids_only_what_it_enters(tmp_path):
     table = build_table("paper", ["vpt_deep"], list(PAPER), tmp_path)
     row = printed(table, "VPT-Deep", "DA-VPT Table 1")
     assert [why_not(table, row, c) == "" for c in MEANS] == [True, True, False, False, True]
-    assert means_part(table).set_index("Method").loc["VPT-Deep", ["Structured (8)", "Mean of groups (3)"]].tolist() == ["7 of 8 tasks", "18 of 19 tasks"]
+    assert means_part(table).set_index("Method").loc["VPT-Deep", ["Structured (8)", "Mean of groups (3)"]].tolist() == [
+        "7 of 8 tasks",
+        "18 of 19 tasks",
+    ]
 
 
 def test_fewer_tasks_are_another_benchmark(tmp_path):
@@ -223,7 +268,7 @@ def test_outdated_metrics_stop_the_table(tmp_path):
 def test_best_and_second(tmp_path, accs, expected):
     for variant, acc in zip(("full", "linear", "bias"), accs):
         if acc is not None: put(tmp_path, example_metrics(variant, "cards", acc=[acc]))
-    assert entries(build_table("example", ["full", "linear", "bias"], ["cards"], tmp_path), "cards", 1)[:3] == expected
+    assert column_texts(build_table("example", ["full", "linear", "bias"], ["cards"], tmp_path), "cards", 1)[:3] == expected
 
 
 def test_numbers_are_the_means_over_seeds(tmp_path):

@@ -3,10 +3,20 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
-from hierprompt.tokens import NUM_BYTES, CutTokenizer, FullTokenizer, tokens_of
+from hierprompt.clip.tokens import NUM_BYTES, CutTokenizer, FullTokenizer, tokens_of
 
 CLIP = SimpleTokenizer()
-TEXTS = ["zebra", "a photo of a {}.", "A photo of a ZEBRA.", "Côte d'Ivoire", "piñata", "it's 7 o'clock!", "X X X X jack-o-lantern, a type of thing.", "fire  engine\n", ""]
+TEXTS = [
+    "zebra",
+    "a photo of a {}.",
+    "A photo of a ZEBRA.",
+    "Côte d'Ivoire",
+    "piñata",
+    "it's 7 o'clock!",
+    "X X X X jack-o-lantern, a type of thing.",
+    "fire  engine\n",
+    "",
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +53,14 @@ def test_all_byte_tokens_are_kept():
     assert len(cut.encode("q")) == len(cut.encode("!")) == 1
 
 
-@pytest.mark.parametrize("make", [lambda length: FullTokenizer(context_length=length), lambda length: CutTokenizer(tokens_of(["zebra"]), length)])
+@pytest.mark.parametrize(
+    "make", [lambda length: FullTokenizer(context_length=length), lambda length: CutTokenizer(tokens_of(["zebra"]), length)]
+)
 def test_a_text_fits_exactly_or_is_refused(make):
     text = " ".join(["zebra"] * 4)
     assert int((make(6)(text) != 0).sum()) == 6
-    with pytest.raises(ValueError, match="'zebra zebra zebra zebra' has 6 tokens with start and end, the context holds 5: shorten"): make(5)(["zebra", text])
+    with pytest.raises(ValueError, match="'zebra zebra zebra zebra' has 6 tokens with start and end, the context holds 5: shorten"):
+        make(5)(["zebra", text])
 
 
 def test_open_clip_would_have_lost_the_end():
@@ -57,7 +70,8 @@ def test_open_clip_would_have_lost_the_end():
 
 
 def test_an_unknown_word_is_named(cut):
-    with pytest.raises(ValueError, match="the word 'okapi' of 'a photo of a okapi.' is not in the cut vocabulary of"): cut(["zebra", "a photo of a okapi."])
+    with pytest.raises(ValueError, match="the word 'okapi' of 'a photo of a okapi.' is not in the cut vocabulary of"):
+        cut(["zebra", "a photo of a okapi."])
 
 
 def test_the_written_end_token_is_no_word(cut):

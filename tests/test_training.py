@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hierprompt import training
-from hierprompt.backbones import load_backbone
-from hierprompt.clip import load_clip
+from hierprompt.backbones.pretrained import load_backbone
+from hierprompt.clip.model import load_clip
+from hierprompt.clip.prompted import tune_clip
 from hierprompt.core import from_dict, rng, to_dict
 from hierprompt.data.tasks import Split
-from hierprompt.prompted import tune_clip
-from hierprompt.recipes import learning_rates, recipe
-from hierprompt.training import History, Resident, Trainer, class_batches, evaluate, fit, make_resident
-from hierprompt.tuned import tune
+from hierprompt.engine.tuned import tune
+from hierprompt.training import loop as training
+from hierprompt.training.loop import History, Resident, Trainer, class_batches, evaluate, fit, make_resident
+from hierprompt.training.recipes import learning_rates, recipe
 
 QUICK = recipe("vpt", lr=0.2, epochs=3, warmup_epochs=0, batch_size=16)
 
@@ -98,7 +98,10 @@ def test_backbone_is_bitwise_unchanged_and_weights_move(vit):
     assert not model.training
 
 
-@pytest.mark.parametrize("images, drop_last, updates", [(1000, True, 15), (1000, False, 16), (800, True, 12), (64, True, 1), (10, False, 1), (10, True, 1), (65, True, 1)])
+@pytest.mark.parametrize(
+    "images, drop_last, updates",
+    [(1000, True, 15), (1000, False, 16), (800, True, 12), (64, True, 1), (10, False, 1), (10, True, 1), (65, True, 1)],
+)
 def test_updates_per_epoch(vit, images, drop_last, updates):
     split = Split(torch.zeros(images, 3, 32, 32, dtype=torch.uint8), torch.arange(images) % 4)
     model, r = tune(vit, "linear", num_classes=4), recipe("vpt", lr=1e-3, drop_last=drop_last, epochs=1, warmup_epochs=0)
@@ -154,7 +157,11 @@ def test_hooks_see_gradients_with_the_weights_that_made_them_and_then_the_optimi
     def memory(optimizer): return [optimizer.state[p]["momentum_buffer"].clone() for p in model.trainable().values()]
     model.before_step = lambda step: before.append((weights(model), [p.grad.clone() for p in model.trainable().values()]))
     model.after_step = lambda step, optimizer: after.append((weights(model), memory(optimizer)))
-    quiet(model, TRAIN, recipe=recipe(QUICK, lr=0.5, lr_batch=None, weight_decay=0.0, clip_value=1e-3, batch_size=40, epochs=2, precision="fp32"))
+    quiet(
+        model,
+        TRAIN,
+        recipe=recipe(QUICK, lr=0.5, lr_batch=None, weight_decay=0.0, clip_value=1e-3, batch_size=40, epochs=2, precision="fp32"),
+    )
     (start, first), (middle, second) = before
     assert max(g.abs().max().item() for g in first) == pytest.approx(1e-3) and same(middle, after[0][0]) and same(first, after[0][1])
     for w, g, m, end, m_end in zip(middle, second, after[0][1], *after[1], strict=True):
@@ -251,7 +258,9 @@ def test_drop_path_of_the_recipe_becomes_the_models(vit):
 
 def test_bf16_is_used_when_asked_for(vit):
     model = tune(vit, "vpt_deep", num_classes=4)
-    full, half = (quiet(tune(vit, "vpt_deep", num_classes=4), TRAIN, recipe=recipe(QUICK, precision=p)).rows[-1]["loss"] for p in ("fp32", "bf16"))
+    full, half = (
+        quiet(tune(vit, "vpt_deep", num_classes=4), TRAIN, recipe=recipe(QUICK, precision=p)).rows[-1]["loss"] for p in ("fp32", "bf16")
+    )
     assert full != half and full == pytest.approx(half, abs=0.05)
     assert quiet(model, TRAIN, recipe=QUICK).rows[-1]["loss"] == full   # auto is fp32 on a CPU
 
@@ -281,7 +290,11 @@ def shuffled(*sizes):
     return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
 
 
-@pytest.mark.parametrize("labels", [torch.arange(1000) % 47, shuffled(*[20] * 16), shuffled(*range(2, 40)), torch.arange(200) % 100], ids=["47", "16", "uneven", "100"])
+@pytest.mark.parametrize(
+    "labels",
+    [torch.arange(1000) % 47, shuffled(*[20] * 16), shuffled(*range(2, 40)), torch.arange(200) % 100],
+    ids=["47", "16", "uneven", "100"],
+)
 def test_a_batch_has_sixteen_classes_and_two_images_of_each(labels):
     rows, classes = batches_of(labels, 32, 2)
     assert torch.equal(classes[..., 0], classes[..., 1])
@@ -289,7 +302,9 @@ def test_a_batch_has_sixteen_classes_and_two_images_of_each(labels):
     assert all(len(set(batch)) == 32 for batch in rows.flatten(1).tolist())
 
 
-@pytest.mark.parametrize("sizes, counts", [((40, 40, 40, 40), [4, 4, 4, 4]), ((30, 50, 20), [5, 5, 6]), ((90,), [16]), ((9,) * 10, [1] * 4 + [2] * 6)])
+@pytest.mark.parametrize(
+    "sizes, counts", [((40, 40, 40, 40), [4, 4, 4, 4]), ((30, 50, 20), [5, 5, 6]), ((90,), [16]), ((9,) * 10, [1] * 4 + [2] * 6)]
+)
 def test_classes_repeat_only_when_there_are_too_few(sizes, counts):
     "Evenly, and with other images of the class while it has some."
     rows, classes = batches_of(shuffled(*sizes), 32, 2)
@@ -322,7 +337,8 @@ def test_batches_by_class_depend_on_the_generator_alone():
 def test_every_class_and_every_image_of_it_is_as_likely_as_any_other():
     labels = shuffled(2, 4, 6, 8, 10, 10)
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([class_batches(labels, 6, 2, generator) for _ in range(1000)]).flatten().bincount(minlength=40)   # 1000 * 6 batches of 3 classes
+    # 1000 * 6 batches of 3 classes
+    drawn = torch.stack([class_batches(labels, 6, 2, generator) for _ in range(1000)]).flatten().bincount(minlength=40)
     share = drawn * labels.bincount()[labels] / (6000 * 6)   # the share of its class if all its images were drawn as often
     assert share == pytest.approx(1 / 6, rel=0.2)            # five standard deviations of the rarest images
 
@@ -353,7 +369,9 @@ def test_a_recipe_with_samples_per_class_trains_on_batches_by_class(vit, method)
 
 def test_training_on_batches_by_class_is_bitwise_repeatable(vit):
     r = recipe("da_vpt", epochs=2, warmup_epochs=1, batch_size=8, lr=1e-2)
-    a, b, plain = (quiet(tune(vit, "vpt_deep", num_classes=4), TRAIN, recipe=x, seed=1).rows for x in (r, r, replace(r, samples_per_class=None)))
+    a, b, plain = (
+        quiet(tune(vit, "vpt_deep", num_classes=4), TRAIN, recipe=x, seed=1).rows for x in (r, r, replace(r, samples_per_class=None))
+    )
     assert a == b and a[1]["loss"] != plain[1]["loss"]
 
 
@@ -372,7 +390,9 @@ def test_auxiliary_and_classification_loss_are_kept_apart(vit):
 @pytest.mark.parametrize("method", ["linear", "vpt_deep"])
 def test_rows_hold_the_cross_entropy_of_every_look(vit, method):
     model = tune(vit, method, num_classes=4)
-    rows = quiet(model, TRAIN, VALID, recipe=recipe(QUICK, epochs=4, test_every=2, valid_every=0, eval_batch_size=7, label_smoothing=0.2), test=TEST).rows
+    rows = quiet(
+        model, TRAIN, VALID, recipe=recipe(QUICK, epochs=4, test_every=2, valid_every=0, eval_batch_size=7, label_smoothing=0.2), test=TEST
+    ).rows
     assert list(rows[0]) == ["epoch", "lr", "loss", "aux_loss", "valid_acc", "valid_loss", "test_acc", "test_loss"]
     assert [row["test_loss"] is None for row in rows] == [row["test_acc"] is None for row in rows] == [False, True, False, False]
     assert [row["valid_loss"] is None for row in rows] == [True, True, True, False] and {row["aux_loss"] for row in rows} == {0.0}
@@ -412,7 +432,12 @@ def test_prepare_may_draw_images_as_training_sees_them(vit):
     assert torch.equal(plain, wide.images[rows][..., 2:34, 2:34]) and torch.equal(plain, again)
     _, (first, second), after = views(vit, [rows, rows], "crop_flip")
     assert first.shape == (4, 3, 32, 32) and first.dtype == torch.uint8 and not torch.equal(first, second)
-    windows = [w for y in range(5) for x in range(5) for w in (wide.images[5, :, y:y + 32, x:x + 32], wide.images[5, :, y:y + 32, x:x + 32].flip(-1))]
+    windows = [
+        w
+        for y in range(5)
+        for x in range(5)
+        for w in (wide.images[5, :, y : y + 32, x : x + 32], wide.images[5, :, y : y + 32, x : x + 32].flip(-1))
+    ]
     assert all(any(torch.equal(image, window) for window in windows) for image in (*first[[0, 2]], *second[[0, 2]]))
     assert same(first, views(vit, [rows], "crop_flip")[1][0]) and not same(first, views(vit, [rows], "crop_flip", seed=1)[1][0])
     assert same(after, views(vit, [], "crop_flip")[2]), "drawing must not move the crops of the training"
@@ -474,8 +499,15 @@ WIDE = tints(40, 3, size=36)
 
 
 @pytest.mark.parametrize("augment", ["flip", "crop_flip", "random_resized_crop_flip"])
-@pytest.mark.parametrize("changes", [{}, {"batch_size": 12, "eval_batch_size": 30, "drop_last": True, "label_smoothing": 0.1},
-                                     {"batch_size": 8, "eval_batch_size": 20, "samples_per_class": 2, "drop_last": True}, {"batch_size": 1, "epochs": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"batch_size": 12, "eval_batch_size": 30, "drop_last": True, "label_smoothing": 0.1},
+        {"batch_size": 8, "eval_batch_size": 20, "samples_per_class": 2, "drop_last": True},
+        {"batch_size": 1, "epochs": 1},
+    ],
+)
 def test_features_of_augmented_images_train_the_same_classifier(vit, augment, changes):
     split = TRAIN if augment == "flip" else WIDE
     r = recipe(QUICK, augment=augment, **changes)
@@ -534,13 +566,21 @@ def trainer_of(vit, method, config=None, **changes):
     return Trainer(model, make_resident(model, WIDE, r, True), r, 2)
 
 
-RUNS = {"ship": ("ship", TINY_SHIP), "ship_late": ("ship", {**TINY_SHIP, "pml_start_epoch": 1}), "da_vpt": ("da_vpt", {}, dict(samples_per_class=2, drop_last=True)),
-        "vpt": ("vpt_deep", {"num_tokens": 2, "dropout": 0.1}), "shrinking": ("numbers",), "classes": ("vpt_shallow", {}, dict(samples_per_class=2, drop_last=True)),
-        "adamw": ("adapter", {"dropout": 0.1}, dict(optimizer="adamw", lr=0.01, augment="crop_flip")), "none": ("linear",),
-        "features": ("linear", {}, dict(augment="random_resized_crop_flip", eval_batch_size=20))}
+RUNS = {
+    "ship": ("ship", TINY_SHIP),
+    "ship_late": ("ship", {**TINY_SHIP, "pml_start_epoch": 1}),
+    "da_vpt": ("da_vpt", {}, dict(samples_per_class=2, drop_last=True)),
+    "vpt": ("vpt_deep", {"num_tokens": 2, "dropout": 0.1}),
+    "shrinking": ("numbers",),
+    "classes": ("vpt_shallow", {}, dict(samples_per_class=2, drop_last=True)),
+    "adamw": ("adapter", {"dropout": 0.1}, dict(optimizer="adamw", lr=0.01, augment="crop_flip")),
+    "none": ("linear",),
+    "features": ("linear", {}, dict(augment="random_resized_crop_flip", eval_batch_size=20)),
+}
 
 
-def finish(trainer): return [trainer.epoch(e) for e in range(trainer.epochs_done, trainer.recipe.epochs)], [p.detach().clone() for p in trainer._weights()]
+def finish(trainer):
+    return [trainer.epoch(e) for e in range(trainer.epochs_done, trainer.recipe.epochs)], [p.detach().clone() for p in trainer._weights()]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -616,7 +656,9 @@ def test_an_interrupted_run_on_clip_goes_on_bitwise(clip, tmp_path, method, augm
 
 @pytest.mark.parametrize("changes", [{}, {"label_smoothing": 0.1, "eval_batch_size": 20}])
 def test_texts_train_on_features_of_crops_as_on_the_crops(clip, changes):
-    ahead, plainly = on_clip(clip, "coop", "random_resized_crop_flip", **changes), on_clip(clip, "coop", "random_resized_crop_flip", **changes)
+    ahead, plainly = on_clip(clip, "coop", "random_resized_crop_flip", **changes), on_clip(
+        clip, "coop", "random_resized_crop_flip", **changes
+    )
     plainly.on_features, plainly.losses = False, partial(plainly.model.losses, label_smoothing=plainly.recipe.label_smoothing)
     assert ahead.on_features and ahead.model.features_are_constant
     for epoch in range(3): assert ahead.epoch(epoch) == pytest.approx(plainly.epoch(epoch), abs=1e-5)
@@ -666,7 +708,11 @@ def test_images_with_a_margin_are_cropped(vit):
 @pytest.mark.parametrize("size", [16, 28, 64])
 def test_images_of_another_size_are_refused(vit, size):
     model, wrong = tune(vit, "vpt_deep", num_classes=4), tints(16, 3, size=size)
-    for call in (lambda: quiet(model, wrong, recipe=QUICK), lambda: evaluate(model, wrong), lambda: quiet(model, TRAIN, wrong, recipe=QUICK)):
+    for call in (
+        lambda: quiet(model, wrong, recipe=QUICK),
+        lambda: evaluate(model, wrong),
+        lambda: quiet(model, TRAIN, wrong, recipe=QUICK),
+    ):
         with pytest.raises(ValueError, match=f"images of {size} px .* load the task with image_size=32"): call()
 
 
@@ -704,7 +750,8 @@ def test_loss_that_is_not_finite_stops_the_epoch(vit, value):
     losses = model.losses
     model.after_step = lambda step, optimizer: steps.append(step)
     model.losses = lambda *a, **k: [loss * (value if len(steps) == 4 else 1) for loss in losses(*a, **k)]
-    with pytest.raises(FloatingPointError, match=r"vpt_deep: loss (nan|inf) in epoch 1 at learning rate .* smaller lr"): quiet(model, TRAIN, recipe=QUICK)
+    with pytest.raises(FloatingPointError, match=r"vpt_deep: loss (nan|inf) in epoch 1 at learning rate .* smaller lr"):
+        quiet(model, TRAIN, recipe=QUICK)
     assert len(steps) == 6   # three updates an epoch
 
 
@@ -754,8 +801,19 @@ def test_noah_looks_at_the_test_set_eleven_times(vit):
 # --- history ---
 
 def history(accs=(50.0, None, 80.0, 75.0), auxiliary=0.0):
-    rows = [dict(epoch=e, lr=0.1, loss=1.0 / (e + 1), aux_loss=auxiliary, valid_acc=None, valid_loss=None, test_acc=a, test_loss=a and 1 - a / 100)
-            for e, a in enumerate(accs)]
+    rows = [
+        dict(
+            epoch=e,
+            lr=0.1,
+            loss=1.0 / (e + 1),
+            aux_loss=auxiliary,
+            valid_acc=None,
+            valid_loss=None,
+            test_acc=a,
+            test_loss=a and 1 - a / 100,
+        )
+        for e, a in enumerate(accs)
+    ]
     return History(rows, "vpt_deep", QUICK, 0, "cpu", 2.0, 3.0, 20.0, 100.0)
 
 
@@ -781,7 +839,8 @@ def test_history_writes_and_draws(tmp_path):
     assert list(loss.lines[0].get_ydata()) == [1, 1/2, 1/3, 1/4]
     assert list(loss.lines[1].get_xdata()) == [0, 2, 3] and list(loss.lines[1].get_ydata()) == pytest.approx([0.5, 0.2, 0.25])
     assert list(accuracy.lines[0].get_xdata()) == [0, 2, 3]
-    assert [len(h.plot()[0].lines) for h in (history([None, None]), history(auxiliary=0.1))] == [1, 3]   # cross-entropy apart where they differ
+    # cross-entropy apart where they differ
+    assert [len(h.plot()[0].lines) for h in (history([None, None]), history(auxiliary=0.1))] == [1, 3]
     assert "vpt_deep, seed 0, cpu" in h._repr_html_() and len(history([None] * 50)._repr_html_()) < 4000
 
 
@@ -806,14 +865,23 @@ def test_no_host_sync_inside_an_epoch(vit, name):
 
 @needs_cuda
 def test_cuda_trains_in_bf16_and_repeats_the_order(vit):
-    rows = {d: fit(tune(load_backbone("tiny_random"), "vpt_deep", num_classes=4), TRAIN, VALID, QUICK, TEST, device=d, progress=False) for d in ("cpu", "cuda")}
+    rows = {
+        d: fit(tune(load_backbone("tiny_random"), "vpt_deep", num_classes=4), TRAIN, VALID, QUICK, TEST, device=d, progress=False)
+        for d in ("cpu", "cuda")
+    }
     assert rows["cuda"].device.startswith("cuda") and rows["cuda"].peak_memory_mb > 0
     assert [r["loss"] for r in rows["cuda"].rows] == pytest.approx([r["loss"] for r in rows["cpu"].rows], abs=0.05)
 
 
 @needs_cuda
 def test_cuda_goes_on_from_a_checkpoint(vit, tmp_path):
-    def make(): return Trainer(model := tune(load_backbone("tiny_random"), "vpt_deep", num_classes=4, dropout=0.1).to("cuda"), make_resident(model, TRAIN, QUICK, True), QUICK, 0)
+    def make():
+        return Trainer(
+            model := tune(load_backbone("tiny_random"), "vpt_deep", num_classes=4, dropout=0.1).to("cuda"),
+            make_resident(model, TRAIN, QUICK, True),
+            QUICK,
+            0,
+        )
     torch.manual_seed(0)
     rows, end = finish(make())
     torch.manual_seed(0)

@@ -7,14 +7,14 @@ import pandas as pd
 import pytest
 import torch
 
-from hierprompt import training, trials
-from hierprompt.backbones import load_backbone
+from hierprompt.backbones.pretrained import load_backbone
 from hierprompt.core import read_json
 from hierprompt.data.tasks import Split
-from hierprompt.recipes import GRIDS, Candidate, grid, recipe
-from hierprompt.training import evaluate, fit
-from hierprompt.trials import code_digest, run_seeds, select, tensor_digest
-from hierprompt.tuned import tune
+from hierprompt.engine.tuned import tune
+from hierprompt.training import loop as training, trials
+from hierprompt.training.loop import evaluate, fit
+from hierprompt.training.recipes import GRIDS, Candidate, grid, recipe
+from hierprompt.training.trials import code_digest, run_seeds, select, tensor_digest
 
 QUICK = recipe("vpt", lr=0.2, epochs=3, warmup_epochs=0, batch_size=16)
 
@@ -39,7 +39,8 @@ def quiet(model, *splits, **kwargs): return fit(model, *splits, progress=False, 
 
 class Factory:
     "Makes models and remembers for which seeds; fails at the call number `stop`."
-    def __init__(self, vit, method="linear", stop=None, **config): self.vit, self.method, self.config, self.stop, self.seeds = vit, method, config, stop, []
+    def __init__(self, vit, method="linear", stop=None, **config):
+        self.vit, self.method, self.config, self.stop, self.seeds = vit, method, config, stop, []
 
     def __call__(self, seed, **config):
         if len(self.seeds) == self.stop: raise KeyboardInterrupt
@@ -87,7 +88,8 @@ def test_settings_of_a_method_that_is_not_prepared_yet_are_told_apart(vit, tmp_p
 
 
 def test_an_unknown_setting_of_the_method_is_an_error(vit):
-    with pytest.raises(TypeError, match="unknown key 'num_token'.*Did you mean 'num_tokens'"): chosen(vit, grid(QUICK, **{"config.num_token": [1, 2]}), "vpt_deep")
+    with pytest.raises(TypeError, match="unknown key 'num_token'.*Did you mean 'num_tokens'"):
+        chosen(vit, grid(QUICK, **{"config.num_token": [1, 2]}), "vpt_deep")
 
 
 def test_ties_go_to_the_smaller_rate(vit):
@@ -138,7 +140,8 @@ def test_a_final_run_that_diverges_is_an_error(vit):
 
 
 def test_remembered_runs_know_what_they_depend_on(vit, tmp_path, trained):
-    def run(factory=Factory(vit), train=TRAIN, r=QUICK, seed=0): run_seeds(factory, train, TEST, r, [seed], cache=tmp_path, progress=False, device="cpu")
+    def run(factory=Factory(vit), train=TRAIN, r=QUICK, seed=0):
+        run_seeds(factory, train, TEST, r, [seed], cache=tmp_path, progress=False, device="cpu")
     run()
     flipped = Split(TRAIN.images.flip(-1), TRAIN.labels)
     relabelled = Split(TRAIN.images, TRAIN.labels.flip(0))

@@ -1,0 +1,1 @@
+"""The methods: one folder a paper, the baselines of the tables in `vit` and `clip`."""
