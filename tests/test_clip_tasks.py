@@ -15,8 +15,8 @@ from hierprompt.data.embedded.packs import read_pack
 from hierprompt.data.embedded.tasks import load_embedded
 from hierprompt.data.fewshot import draw_both, few_shot, manifest
 from hierprompt.data.preprocess import PREPROCESS, get_preprocess, to_square
-from hierprompt.engine.hosts import NORMALIZE
 from hierprompt.data.tasks import PARTS, Task
+from hierprompt.engine.hosts import NORMALIZE
 
 CLASSES = {"clip_emoji": 60, "clip_fashion": 10, "clip_climate": 5, "clip_cards": 54, "clip_flags": 50}
 SMALL = ["clip_emoji", "clip_fashion", "clip_climate"]   # the others render scenes: a second or more each

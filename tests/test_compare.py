@@ -109,8 +109,9 @@ def test_nothing_to_compare_with(repository):
 @pytest.mark.parametrize("gone, status", [((), 0), (("bias-cards",), 1)])
 def test_command_line_exit_status(repository, gone, status):
     for cell in gone: (repository / f"results/example/runs/{cell}/metrics.json").unlink()
+    (repository / "dvc.yaml").touch()   # the command runs in a project's root
     done = subprocess.run(
-        [sys.executable, "-m", "hierprompt.results.compare", "--profile", "example"], cwd=repository, capture_output=True, text=True
+        [sys.executable, "-m", "hierprompt", "compare", "--profile", "example"], cwd=repository, capture_output=True, text=True
     )
     assert done.returncode == status, done.stderr
     assert f"{3 - len(gone)} of 3 cells of example reproduced" in done.stdout
