@@ -179,7 +179,7 @@ def test_a_truncated_file_is_found(copied):
 
 def test_missing_files_are_named(copied):
     (copied / "koeppen.npz").unlink()
-    with pytest.raises(FileNotFoundError, match="05_blue_marble"): read_pack("koeppen", copied)
+    with pytest.raises(FileNotFoundError, match="70_blue_marble"): read_pack("koeppen", copied)
     with pytest.raises(FileNotFoundError, match="emoji.json"): load_embedded("emoji", root=copied)
     with pytest.raises(FileNotFoundError, match="no folder of packs"): load_embedded("emoji", root=copied / "none")
 
