@@ -1,7 +1,6 @@
 """Choice on the validation split and final runs: ties, memory of finished runs, what they depend on."""
 import math
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -206,4 +205,4 @@ def test_ties_go_to_the_smaller_rate_first(monkeypatch):
 def test_a_model_on_clip_depends_on_more_code():
     plain, on_clip = SimpleNamespace(method="linear"), SimpleNamespace(method="linear", clip=None)
     assert code_digest(plain) == code_digest(SimpleNamespace(method="linear")) != code_digest(on_clip)
-    assert all((Path(trials.hierprompt.__file__).parents[1] / place).exists() for place in trials.SOURCES)
+    assert all((trials.CHECKOUT / place).exists() for place in trials.SOURCES)

@@ -13,11 +13,10 @@ from open_clip.transformer import TextTransformer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import hierprompt
 from ..backbones.pretrained import EMBEDDED_NAME, load_backbone
 from .embedded_architecture import EmbeddedCLIP, TappedViT
 from .tokens import CutTokenizer
-from ..core import read_json, sha256_file
+from ..core import CHECKOUT, read_json, sha256_file
 
 # %% ../../nbs/clip/40_embedded_clip.ipynb #77e7767a
 SIZES = (112, 56)  # pixels for which there is a projection
@@ -25,7 +24,7 @@ REMEDY = "restore it with `git checkout -- data/clip`, or build it with nbs/data
 
 def clip_folder(root: str | Path | None = None) -> Path:
     "Where the embedded CLIP lies: `root`, else data/clip of the checkout."
-    return Path(root) if root is not None else Path(hierprompt.__file__).resolve().parents[1] / "data" / "clip"
+    return Path(root) if root is not None else CHECKOUT / "data" / "clip"
 
 def clip_about(root: str | Path | None = None) -> dict:
     "The JSON beside the weights: recipe, measurements, vocabulary, sources, held-out list."

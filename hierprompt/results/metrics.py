@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pandas as pd
 
-import hierprompt
 from ..core import from_dict, read_json, to_dict, write_json
 
 # %% ../../nbs/results/10_metrics.ipynb #3cb82a7f
@@ -27,8 +26,7 @@ PARAMETERS = ("prompts", "other", "head", "with_head", "without_head")  # keys o
 
 def versions() -> dict[str, str]:  # package -> version
     "What a number may depend on besides its settings."
-    return {"python": platform.python_version(), **{package: version(package) for package in ("torch", "timm")},
-            "hierprompt": hierprompt.__version__}
+    return {"python": platform.python_version(), **{package: version(package) for package in ("torch", "timm", "hierprompt")}}
 
 # %% ../../nbs/results/10_metrics.ipynb #285f4433
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 
-import hierprompt
-from ..core import lookup, read_json
+from ..core import CHECKOUT, lookup, read_json
 
 # %% ../../nbs/results/20_published.ipynb #c7d67dfa
-PUBLISHED = Path(hierprompt.__file__).parents[1] / "results" / "published"
+PUBLISHED = CHECKOUT / "results" / "published"
 
 def published_index(root: str | Path = PUBLISHED) -> dict:  # name -> paper, table, columns, conventions, conflicts
     "What `load_published` can load."

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import hierprompt
-from ..core import digest, from_dict, read_json, sha256_file, to_dict, write_json
+from ..core import CHECKOUT, digest, from_dict, read_json, sha256_file, to_dict, write_json
 from ..data.tasks import Split
 from ..engine.registry import method_code
 from .history import History
@@ -38,7 +37,7 @@ SOURCES = ("hierprompt/core.py", "hierprompt/data/preprocess.py", "hierprompt/en
 
 def code_digest(model) -> str:  # 16 hexadecimal digits
     "Hash of the sources that train `model`, its method's included, and of the libraries' versions."
-    on_clip, root = hasattr(model, "clip"), Path(hierprompt.__file__).parents[1]
+    on_clip, root = hasattr(model, "clip"), CHECKOUT
     places = [*SOURCES, *(["hierprompt/clip"] if on_clip else []), *method_code(model.method)]
     files = {file for place in places for file in ([root/place] if place.endswith(".py") else (root/place).rglob("*.py"))}
     return digest(

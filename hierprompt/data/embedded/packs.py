@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import hierprompt
-from ...core import atomic_path, read_json, sha256_file, write_json
+from ...core import CHECKOUT, atomic_path, read_json, sha256_file, write_json
 
 # %% ../../../nbs/data/embedded/10_packs.ipynb #6b070910
 def encode(image: Image.Image,  # mode L, RGB or RGBA
@@ -76,7 +75,7 @@ class Pack:
 def find_packs(root: str | Path | None = None,  # the folder that holds the packs; None: the repository's data/packs
               ) -> Path:
     "The folder of the packs; `FileNotFoundError` names the places looked at."
-    checkout = Path(hierprompt.__file__).resolve().parents[1] / "data" / "packs"
+    checkout = CHECKOUT / "data" / "packs"
     places = [Path(root)] if root is not None else [checkout, Path.cwd() / "data" / "packs"]
     for place in places:
         if place.is_dir(): return place
