@@ -1,6 +1,6 @@
 """Adapt: towers, scores and pruned runs against the slow form, and the invariants 4 to 24 of Adapt spec 6.
 
-Tested elsewhere: 1 to 3 and 26 to 32 with the towers and the other methods on CLIP, 25 and 34 in test_clip_accounting.py, 33 in
+Tested elsewhere: 1 to 3 and 26 to 32 with the towers and the other methods on CLIP, 25 and 34 in test_adapt_counts.py, 33 in
 test_recipes.py, the choice of 35 in test_training.py."""
 from functools import cache
 from itertools import product

@@ -1,7 +1,7 @@
 """DA-VPT: the tuner against its slow form, the invariants of DA-VPT spec 6 that concern classification, and the same
 guidance on SHIP.
 
-Tested elsewhere: 1, 2, 14 and the loss alone of 20 in test_proxies.py; the clustering of 11 and the means of 12 in test_class_map.py; 15
+Tested elsewhere: 1, 2, 14 and the loss alone of 20 in test_metric_losses.py; the clustering of 11 and the means of 12 in test_class_map.py; 15
 and 17 in
 test_recipes.py and test_training.py; 18 and the segmentation counts of 8 in test_published_davpt.py. 19 belongs to segmentation."""
 import random
@@ -19,8 +19,8 @@ from hierprompt.engine.accounting import count_macs, count_parameters
 from hierprompt.engine.block_loop import Context
 from hierprompt.engine.registry import list_methods
 from hierprompt.engine.tuned import load_tuned, tune
-from hierprompt.methods.davpt.class_map import ClassMeans
-from hierprompt.methods.davpt.guidance import few_per_class, one_of
+from hierprompt.methods.davpt.class_map import ClassMeans, few_per_class
+from hierprompt.methods.davpt.guidance import one_of
 from hierprompt.methods.davpt.metric_losses import METRICS, metric_settings
 from hierprompt.methods.davpt.reference import reference_attention, reference_layer_losses, reference_losses
 

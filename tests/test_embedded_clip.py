@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from hierprompt.backbones.embedded_vit import build_embedded
 from hierprompt.clip import embedded_clip as ec

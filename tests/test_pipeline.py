@@ -600,6 +600,28 @@ def test_a_module_reaches_only_the_stages_that_use_it(tiny):
     assert stale_after("hierprompt/methods/davpt/guidance.py") == {"tiny-da_vpt-emoji", *tables}
 
 
+@pytest.mark.parametrize("notebook, parameters", [
+    ("nbs/pipeline/10_stages.ipynb", {}),
+    ("nbs/runs/run.ipynb", dict(profile="tiny", variant="linear", task="emoji", out="results/tiny/runs/linear-emoji")),
+    ("nbs/tables/baselines.ipynb", dict(profile="tiny")),
+], ids=["documentation", "run", "table"])
+def test_a_notebook_runs_where_it_lies(tiny, tmp_path, notebook, parameters):
+    "As in JupyterLab, with its own folder as the current one; what it writes is the same and lies in the same place."
+    before = results(tiny, "tiny")
+    given = [part for name, value in parameters.items() for part in ("-p", name, value)]
+    done = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", tiny/notebook, tmp_path/"out.ipynb", "--cwd",
+                           (tiny/notebook).parent, *given], env=environment(tiny), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(tiny, "tiny") == before
+    assert not [file for file in (tiny/notebook).parent.iterdir() if file.name not in {f.name for f in (ROOT/notebook).parent.iterdir()}]
+
+
+def test_a_notebook_outside_of_the_project_says_so(tiny, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", tiny/"nbs/runs/run.ipynb", tmp_path/"out.ipynb", "--cwd", tmp_path],
+                          env=environment(tiny), capture_output=True, text=True)
+    assert done.returncode and "lies in no checkout of the project" in done.stderr
+
+
 def test_another_profile_and_back_keeps_what_is_finished(tiny):
     before = (tiny/"dvc.lock").read_text(), (tiny/"stages/clip/dvc.lock").read_text()
     assert pipeline(tiny, "profile", "laptop", capture_output=True).returncode == 0

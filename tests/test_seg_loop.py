@@ -2,7 +2,6 @@
 accuracies against MMSegmentation's metric."""
 import contextlib
 import io
-import json
 import random
 import warnings
 from dataclasses import replace
@@ -23,9 +22,9 @@ from mmseg.evaluation import IoUMetric
 
 from hierprompt.core import read_json, write_json
 from hierprompt.seg.cell import SegCell, count_seg_parameters, load_cell, run_cell, seg_data
-from hierprompt.seg.loop import evaluate, learnt, multi_scale, predictions, put, read_tensors, train, train_loader, write_tensors
+from hierprompt.seg.loop import evaluate, learnt, multi_scale, predictions, put, read_tensors, train, train_loader
 from hierprompt.seg.recipes import seg_recipe
-from hierprompt.seg.segmentor import build_segmentor, prepare
+from hierprompt.seg.segmentor import build_segmentor
 from hierprompt.seg.setr import setr_pup, single_scale_pipeline, train_pipeline, tta_pipeline
 from hierprompt.seg.tasks import write_task
 

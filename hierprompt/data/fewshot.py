@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-import torch
-
 from ..core import digest, lookup
 from .tasks import Split, Task
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.layers import drop_path
 from torch import Tensor, nn
 
-from .hosts import BlockView, as_host
+from .hosts import BlockView
 
 # %% ../../nbs/engine/20_block_loop.ipynb #4da2aa0b
 @dataclass

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core import read_json
 from .davpt import DEPTH
-from ..results.ablations import Ablation, Step, Study, build_ablation
+from ..results.ablations import Ablation, Step, Study
 from ..results.figures import empty_panel, panels
 from ..results.metrics import run_files
 from ..results.published import load_published

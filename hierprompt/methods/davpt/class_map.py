@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'MODES', 'check_labels', 'ClassMeans', 'normalise', 'Clusters', 'start_centroids', 'cosine_kmeans',
-           'first_kmeans', 'ClassMap', 'layer_prompts']
+           'first_kmeans', 'few_per_class', 'ClassMap', 'layer_prompts']
 
 # %% ../../../nbs/methods/davpt/20_class_map.ipynb #fdf5b358
 from typing import Literal, NamedTuple
@@ -140,6 +140,18 @@ def first_kmeans(points: Tensor, k: int, generator: torch.Generator,
     "k-means without centroids to start from."
     runs = [cosine_kmeans(points, start_centroids(points, k, generator, start), **settings) for _ in range(10 if start == "spread" else 1)]
     return max(runs, key=lambda run: run.fit[-1].item())
+
+# %% ../../../nbs/methods/davpt/20_class_map.ipynb #fab49ec2
+def few_per_class(labels: Tensor,   # (N,) class ids, or (N, C) bool
+                  count: int,       # of each class
+                  generator: torch.Generator,
+                 ) -> Tensor:       # indices
+    "Random images of every class, with repetition where a class has fewer."
+    classes = labels.T if labels.dtype == torch.bool else [labels == c for c in labels.unique()]
+    def drawn(members: Tensor) -> Tensor:
+        if len(members) >= count: return members[torch.randperm(len(members), generator=generator)[:count]]
+        return members[torch.randint(len(members), (count,), generator=generator)]
+    return torch.cat([drawn(some.nonzero()[:, 0].cpu()) for some in classes if some.any()])
 
 # %% ../../../nbs/methods/davpt/20_class_map.ipynb #9b08138b
 MODES = ("kmeans", "kmeans_balanced", "balanced", "all_classes")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ...core import lookup
 from ...engine.block_loop import Context, Segment, join
-from .class_map import layer_prompts
-from .guidance import GuidanceConfig, Guided, few_per_class
+from .class_map import few_per_class, layer_prompts
+from .guidance import GuidanceConfig, Guided
 from .prompt_init import SAMPLED, read_tokens, start_tokens
 
 # %% ../../../nbs/methods/davpt/60_davpt.ipynb #c277f1a4

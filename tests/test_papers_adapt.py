@@ -23,7 +23,6 @@ from hierprompt.papers.adapt import (
     gap,
     label_of,
     printed_accuracies,
-    published_part,
     split_part,
     survivors,
     table_1,
