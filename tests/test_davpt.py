@@ -1,9 +1,9 @@
 """DA-VPT: the tuner against its slow form, the invariants of DA-VPT spec 6 that concern classification, and the same
 guidance on SHIP.
 
-Tested elsewhere: 1, 2, 14 and the loss alone of 20 in test_metric_losses.py; the clustering of 11 and the means of 12 in test_class_map.py; 15
-and 17 in
-test_recipes.py and test_training.py; 18 and the segmentation counts of 8 in test_published_davpt.py. 19 belongs to segmentation."""
+Tested elsewhere: 1, 2, 14 and the loss alone of 20 in test_metric_losses.py; the clustering of 11 and the means of 12 in
+test_class_map.py; 15 and 17 in test_recipes.py and test_training.py; 18 and the segmentation counts of 8 in test_published_davpt.py. 19
+belongs to segmentation."""
 import random
 from functools import cache, wraps
 

@@ -617,8 +617,12 @@ def test_a_notebook_runs_where_it_lies(tiny, tmp_path, notebook, parameters):
 
 
 def test_a_notebook_outside_of_the_project_says_so(tiny, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", tiny/"nbs/runs/run.ipynb", tmp_path/"out.ipynb", "--cwd", tmp_path],
-                          env=environment(tiny), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", "-k", "python3", tiny / "nbs/runs/run.ipynb", tmp_path / "out.ipynb", "--cwd", tmp_path],
+        env=environment(tiny),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode and "lies in no checkout of the project" in done.stderr
 
 
