@@ -128,7 +128,7 @@ SHOWN = {"hierprompt/methods/davpt", "hierprompt/methods/ship"}
     (STAGES, "data", ["nbs/runs/data.ipynb"], set(), set()),
     (STAGES, "run", ["nbs/runs/run.ipynb"], WRITERS, set()),
     (STAGES, "table", TABLES, set(), SHOWN),
-    (CLIP_STAGES, "backbone", ["nbs/runs/towers.ipynb"], set(), set()),
+    (CLIP_STAGES, "backbone", ["nbs/runs/clip_weights.ipynb"], set(), set()),
     (CLIP_STAGES, "data", ["nbs/runs/few_shot.ipynb"], set(), set()),
     (CLIP_STAGES, "run", ["nbs/runs/clip.ipynb"], WRITERS, set()),
     (SEG_STAGES, "backbone", ["nbs/runs/backbone.ipynb"], set(), set()),

@@ -17,7 +17,7 @@ from .model import CLIP
 from ..core import rng, rng_seed
 from ..engine.block_loop import Context, Engine, Method, Tuner, full_precision
 from ..engine.hosts import weights_sha256
-from ..engine.registry import list_methods, tuner_class
+from ..engine.registry import list_methods, registered
 from ..engine.tuned import Trainable, class_config
 
 # %% ../../nbs/clip/60_prompted.ipynb #56f9bd7e
@@ -198,9 +198,9 @@ def tune_clip(clip: CLIP,                    # see `load_clip`
 
     Unknown methods, presets and settings raise `KeyError` or `TypeError` with the known ones, names that do not fit into the context
     `ValueError`."""
-    if method not in list_methods("clip"):
-        raise KeyError(f"method {method!r} does not tune a CLIP; these do: {', '.join(list_methods('clip'))}")
-    tuner = tuner_class(method)
+    kind, place = registered(method)
+    if kind != "clip": raise KeyError(f"method {method!r} does not tune a CLIP; these do: {', '.join(list_methods('clip'))}")
+    tuner = place.load()
     settings = class_config(tuner, method, preset, **config)
     with torch.random.fork_rng(devices=[]):              # layers draw from the global generator before their values are set
         torch.manual_seed(rng_seed(seed, "init"))

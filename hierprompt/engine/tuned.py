@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core import atomic_path, from_dict, lookup, read_json, rng, rng_seed, to_dict, write_json
 from .block_loop import Context, Engine
 from .hosts import NORMALIZE, as_host, weights_sha256
-from .registry import MODELS, method_kind, tuner_class
+from .registry import MODELS, method_kind, registered, tuner_class
 
 # %% ../../nbs/engine/40_tuned.ipynb #ff92a7f1
 def class_config(tuner: type,         # a subclass of `Method`, see `tuner_class`
@@ -225,8 +225,9 @@ def tune(vit,                           # a timm `VisionTransformer`, see `load_
     The backbone is shared, frozen and left bitwise as it is; methods that train its own tensors (`full`, `bias`) get a copy.
     Unknown methods, presets and settings raise `KeyError` or `TypeError` with the known ones."""
     if num_classes is None: raise TypeError("tune() needs num_classes, the number of classes of the task")
-    if method_kind(method) == "clip": raise KeyError(f"method {method!r} tunes a CLIP: tune_clip(load_clip(name), {method!r}, class_names)")
-    tuner = tuner_class(method)
+    kind, place = registered(method)
+    if kind == "clip": raise KeyError(f"method {method!r} tunes a CLIP: tune_clip(load_clip(name), {method!r}, class_names)")
+    tuner = place.load()
     settings = class_config(tuner, method, preset, **config)
     host = as_host(copy.deepcopy(vit) if tuner.trains_host(settings) else vit)
     with torch.random.fork_rng(devices=[]):              # layers draw from the global generator before their values are set

@@ -24,7 +24,7 @@ from ..backbones.pretrained import load_backbone
 from ..core import lookup, rng
 from ..engine.block_loop import Context, Engine
 from ..engine.hosts import TimmViT
-from ..engine.registry import method_kind, tuner_class
+from ..engine.registry import registered
 from ..engine.tuned import class_config
 
 # %% ../../nbs/seg/30_backbone.ipynb #8c563d9f
@@ -206,5 +206,6 @@ class PromptedViT(BaseModule):
 
 def _vit_tuner(method: str) -> type:
     "The class of a method; one of the CLIP side is refused."
-    if method_kind(method) == "clip": raise KeyError(f"method {method!r} tunes a CLIP, not a segmentation backbone")
-    return tuner_class(method)
+    kind, place = registered(method)
+    if kind == "clip": raise KeyError(f"method {method!r} tunes a CLIP, not a segmentation backbone")
+    return place.load()
