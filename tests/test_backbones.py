@@ -350,8 +350,8 @@ def test_no_network_at_the_backbone_stage(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda wheel: wheel.write_bytes(wheel.read_bytes()[:300]), "is damaged or not the wheel of toy-vit 1.0"),
-    (lambda wheel: wheel.write_bytes(wheel.read_bytes().replace(b"\x00\x01", b"\x01\x00", 1)[::-1]), "is damaged or not the wheel of "
-                                                                                                     "toy-vit 1.0"),
+    (lambda wheel: wheel.write_bytes(wheel.read_bytes().replace(b"\x00\x01", b"\x01\x00", 1)[::-1]), "is damaged or not the "
+                                                                                                     "wheel of toy-vit 1.0"),
     (lambda wheel: toy_wheel(wheel.parent, member="toy_vit/other.onnx"), "is damaged or not the wheel of toy-vit 1.0"),
     (lambda wheel: toy_wheel(wheel.parent, CONTENT[:-1]), f"10,239 bytes with sha256 {hashlib.sha256(CONTENT[:-1]).hexdigest()}, expected "
                                                           f"10,240 bytes with sha256 {TOY.sha256}"),

@@ -56,8 +56,8 @@ def test_every_module_lies_in_a_room():
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_run_downwards(name):
     upwards = {other for other in IMPORTS[name] if ROOMS.index(room(other)) > ROOMS.index(room(name))}
-    assert not upwards, (f"{name} is below what it imports: {', '.join(sorted(upwards))}; let the higher room register what the lower one "
-                         "needs")
+    assert not upwards, (f"{name} is below what it imports: {', '.join(sorted(upwards))}; let the higher "
+                         "room register what the lower one needs")
 
 
 def test_no_module_imports_itself_through_others():

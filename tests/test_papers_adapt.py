@@ -1,5 +1,5 @@
-("Adapt's report: rows, printed numbers, differences only where they mean something, what is not run, masks and lengths rebuilt from "
- "histories.")
+("Adapt's report: rows, printed numbers, differences only where they mean something, what is "
+ "not run, masks and lengths rebuilt from histories.")
 from dataclasses import replace
 
 import numpy as np

@@ -1,5 +1,5 @@
-("DA-VPT's report: rows of every profile, printed numbers from the files, what is not run, pictures; and attention maps against a softmax "
- "by hand.")
+("DA-VPT's report: rows of every profile, printed numbers from the files, what is not run, "
+ "pictures; and attention maps against a softmax by hand.")
 import copy
 import re
 from dataclasses import replace

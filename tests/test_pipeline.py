@@ -105,6 +105,29 @@ def test_outside_of_the_project_the_command_says_so(tmp_path, monkeypatch, capsy
     assert "no dvc.yaml here" in capsys.readouterr().err
 
 
+def test_verify_looks_at_every_file_of_a_benchmark(here, capsys):
+    from fixture_trees import make_vtab_tree
+    tree = make_vtab_tree(here/"vtab", ["kitti"])
+    asked = ["verify", "vtab", "--root", str(tree), "--tasks", "kitti", "--any-size"]
+    assert main(asked) == 0 and "0 faults" in capsys.readouterr().out
+    picture = next(file for file in sorted(tree.rglob("*")) if file.suffix in (".png", ".jpg"))
+    picture.write_bytes(picture.read_bytes()[:40])
+    assert main(asked) == 1 and picture.name in capsys.readouterr().out
+    assert main([*asked, "--quick"]) == 0
+    assert main(["verify", "vtba", "--root", str(tree)]) == 1 and "Did you mean 'vtab'?" in capsys.readouterr().err
+    assert main(["verify", "vtab", "--root", str(tree), "--tasks", "kity"]) == 1 and "unknown task 'kity'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (["repo"], "invalid choice: 'repo'"),
+    ([], "required: COMMAND"),
+    (["compare"], "required: --profile"),
+])
+def test_a_wrong_command_is_told_with_the_right_ones(arguments, told, capsys):
+    with pytest.raises(SystemExit): main(arguments)
+    assert told in capsys.readouterr().err
+
+
 def test_notebook_that_fails_in_the_middle_leaves_no_result(here):
     notebook = write_notebook(
         here / "n.ipynb",

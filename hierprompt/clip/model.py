@@ -177,8 +177,8 @@ class OpenCLIPText(nn.Module):
         pool = getattr(text, "pool_type", None) or getattr(text, "text_pool_type", None)
         if getattr(text, "cls_emb", None) is not None or text.attn_mask is None or pool not in ("argmax", "eos"):
             raise TypeError(
-                f"a text tower that pools {pool!r}, has a class token or no causal mask cannot be a host; CLIP's, read at the end token, "
-                "can"
+                f"a text tower that pools {pool!r}, has a class token or no causal mask cannot be a "
+                "host; CLIP's, read at the end token, can"
             )
         end, last = getattr(text, "eos_id", getattr(text, "text_eos_id", None)), text.token_embedding.num_embeddings - 1
         if pool == "eos" and end != last:

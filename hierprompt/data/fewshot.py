@@ -47,9 +47,8 @@ def draw_both(train: Sequence[int],        # labels of the training list
 @dataclass
 class FewShot:
     "Which items of the lists all seeds together need, and what a task says about them."
-    keep: dict[
-        str, list[int]
-    ]  # "train", "val": positions in the whole lists, increasing; val counts in the training list if there is no val list
+    # "train", "val" -> positions in the whole lists, increasing; val counts in the training list if there is no val list
+    keep: dict[str, list[int]]
     about: dict                 # for `Task.source["fewshot"]`: shots, val_shots, rows, hashes, items
 
 def check_draws(shots: int, seeds: Sequence[int]) -> None:

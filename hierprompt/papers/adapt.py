@@ -72,21 +72,21 @@ def findings() -> dict[str, str]:  # E-number -> text
         "E1": f"The printed ZS CLIP accuracies (ImageNet {first.imagenet['ZS CLIP']:.2f}) are those of the ResNet-50 CLIP, while all "
               "other rows are "
         "of ViT-B/16, which has about 66.7 on ImageNet (from memory); nothing is subtracted from that row.",
-        "E2": f"T512 is impossible with 16 positions, which are {2 * 12 * 16} tokens in all; its printed percentage needs {needed:.0f} "
-              "image "
+        "E2": f"T512 is impossible with 16 positions, which are {2 * 12 * 16} tokens in all; its "
+              f"printed percentage needs {needed:.0f} image "
         "tokens, so at least 32 positions in each layer.",
         "E3": "EuroSAT cannot reach a target below 192 by the literal schedule: 10 classes are 40 updates an epoch, 4,000 in all, and "
               "after 5 epochs "
-        "of warm-up at most 48 events of 4 tokens, 80 updates apart; Fig. 3 shows it at 64. Our window is shorter where a target would be "
-        "missed (A10).",
-        "E4": "The text says once that prompts go to query and value; Eq. 7, Fig. 2c and section 4.2 say key and value, and that is what "
-              "is built.",
+        "of warm-up at most 48 events of 4 tokens, 80 updates apart; Fig. 3 shows it at 64. Our "
+        "window is shorter where a target would be missed (A10).",
+        "E4": "The text says once that prompts go to query and value; Eq. 7, Fig. 2c and section 4.2 "
+              "say key and value, and that is what is built.",
         "E5": f"Percentages are of CLIP without its token embedding, 124,323,841: MaPLe's {first.params_printed['MaPLe']} are "
         f"{percent(printed_rows().set_index('method').parameters['MaPLe']):.3f} % of that.",
         "E6": "All printed averages are the means of their eleven columns, and the text's drops are relative ones.",
         "E7": "The text pools its first token, CLIP the end token: the latter is what is built.",
-        "E8": f"The adaptive row is above the best of the six printed targets on Food ({adaptive.food101:.2f} against {best.food101:.2f}) "
-              "and on Pets "
+        "E8": "The adaptive row is above the best of the six printed targets on Food "
+              f"({adaptive.food101:.2f} against {best.food101:.2f}) and on Pets "
         f"({adaptive.oxford_pets:.2f} against {best.oxford_pets:.2f}): its candidates must hold others, most likely smaller ones.",
     }
 
@@ -130,10 +130,10 @@ def about(runs: BlockRuns) -> str:
     looks = listed(sorted(set(frame.num_test_evaluations)))
     return (
         f"**{table.title}**, profile `{table.profile}`. Model: {listed(models)}.{other} Data: {', '.join(runs.tasks)}{apart}. "
-        f"Protocol: {first_few(frame.protocol)}. Seeds: {listed(sorted(set(frame.seed)))}. Entries are test accuracies in percent: `acc` "
-        "(last epoch), "
-        "± standard deviation over seeds if there are several, and in brackets `acc_best_test`, the best of the test evaluations of each "
-        "seed "
+        f"Protocol: {first_few(frame.protocol)}. Seeds: {listed(sorted(set(frame.seed)))}. Entries "
+        "are test accuracies in percent: `acc` (last epoch), "
+        "± standard deviation over seeds if there are several, and in brackets `acc_best_test`, the "
+        "best of the test evaluations of each seed "
         f"(their number: {looks}). Best `acc` of a column bold, second underlined."
     )
 
@@ -198,13 +198,13 @@ def cost_part(runs: BlockRuns, name: str) -> pd.DataFrame:
     return pd.DataFrame(part)
 
 COSTS = [  # Adapt spec 3.3
-    "The printed GFLOPs column mixes conventions and cannot be rebuilt: CoCoOp, LAMM and MaPLe follow from multiply-adds of one image and "
-    "one text of "
+    "The printed GFLOPs column mixes conventions and cannot be rebuilt: CoCoOp, LAMM and MaPLe "
+    "follow from multiply-adds of one image and one text of "
     "77 tokens as a counter sees them that hangs on modules and skips attention (hook count), in which prompts that enter attention only "
     "do not appear; "
     "no variant gives the others, and Adapt's rows rise with text tokens only, by 13 times what one text costs.",
-    "Ours are all multiply-adds of one image with the texts of all classes kept, and those of encoding the texts of all classes once, cut "
-    "at the last "
+    "Ours are all multiply-adds of one image with the texts of all classes kept, and those of "
+    "encoding the texts of all classes once, cut at the last "
     "end token and with the words before the class names shared; CoCoOp needs the latter for every image.",
     "True multiply-adds that prompts add to one image and, of Adapt, one text of 77 tokens, at the printed splits: VPT's are more than "
     "those of Adapt "
@@ -347,8 +347,8 @@ def pruning_remarks(runs: BlockRuns) -> list[str]:
     "Table 4's answer in the paper, and in our runs for every pruned row."
     whole, pruned = adapt_parameters(192, 192), load_published("adapt_splits").set_index("method").params["Adapt (T128)"]
     lines = [
-        "The paper's Table 4 is in an appendix that is missing; its text says that pruned prompts do comparably with 67 % fewer "
-        "parameters: "
+        "The paper's Table 4 is in an appendix that is missing; its text says that pruned "
+        "prompts do comparably with 67 % fewer parameters: "
         f"1 − {pruned:,.0f} / {whole:,.0f} = {100 * (1 - pruned / whole):.1f} %."
     ]
     acc, counts = runs.table.acc[0], runs.table.frame.groupby("variant").without_head.mean()

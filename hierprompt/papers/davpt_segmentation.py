@@ -140,8 +140,8 @@ def _floors(runs: BlockRuns) -> str:
     return f" The most frequent class of the training masks on every pixel would reach {', '.join(told)}." if told else ""
 
 REMARKS = [
-    "Not subtracted (D37): the printed rows stand on SETR's ViT-L, weights that are not to be had under a name; ours on the backbone "
-    "named above.",
+    "Not subtracted (D37): the printed rows stand on SETR's ViT-L, weights that are not to be "
+    "had under a name; ours on the backbone named above.",
     "D31: the release has no configuration of the segmentation run and refers to a module that is not in it; the rows follow the paper, "
     "and the release's defaults where the paper is silent.",
     "D34: the paper's layers 9, 12, 18, 24 are read as the release has them, blocks 9, 14, 19 and 23 counted from 0.",

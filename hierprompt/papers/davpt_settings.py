@@ -71,11 +71,11 @@ def method_settings(row: pd.Series, common: dict, keys: dict) -> dict:
         cls_weight=float(weight or row.w_cls),
         sim_scale=float(row.r),
         vpt_norm=str(row.pnorm),
-        init_scale=PRESETS["released"]["init_scale"] if row.div8 else 1.0,
+        init_scale=PRESETS["released"]["init_scale"] if row.div8 else 1.0,   # D14: divided by 8
         prompt_mask=bool(row["mask"]),
         map_update_from=int(row.dyn),
         bias_set=bias_set(row, common),
-    )  # D14: divided by 8
+    )
     return config | ({"pool": "all"} if row.pretraining == PRETRAININGS["mae"] else {})
 
 def recipe_settings(row: pd.Series, keys: dict) -> dict:

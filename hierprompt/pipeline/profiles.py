@@ -73,12 +73,10 @@ class Variant:
     recipe: str = "vpt"                                         # a name in `RECIPES`
     recipe_changes: dict[str, Any] = field(default_factory=dict)   # fields of the recipe with other values
     head_init: Literal["timm", "vpt"] = "timm"                  # initialisation of the classifier (baselines spec 1.2)
-    grid: Union[str, dict[str, list]] = field(
-        default_factory=dict
-    )  # values tried on val, or a name in `GRIDS`: recipe field or config.NAME -> list
+    grid: Union[str, dict[str, list]] = field(default_factory=dict)   # recipe field or config.NAME -> values tried; or a name in `GRIDS`
     seeds: Optional[list[int]] = None                           # null: the profile's
     keep: bool = True                                           # keep the trained model of the last seed
-    settings: Optional[str] = None  # a name in `SETTINGS` of methods.davpt_settings: published changes per task, below those of `tasks`
+    settings: Optional[str] = None  # a name in `SETTINGS` of papers.davpt_settings: published changes per task, below those of `tasks`
     tasks: dict[str, Change] = field(default_factory=dict)      # task or benchmark -> changes
 
 @dataclass

@@ -73,9 +73,8 @@ def choose(settings: Mapping, cell: SegCell, images: int, folder: Path, progress
 
 def _trial(cell: SegCell, folder: Path, progress: bool) -> float:
     "Mean intersection over union on the kept-out pictures."
-    return finished(cell, folder / digest({k: v for k, v in to_dict(cell).items() if k not in ("root", "weights")}), progress)["held_out"][
-        "miou"
-    ]
+    asked = {k: v for k, v in to_dict(cell).items() if k not in ("root", "weights")}
+    return finished(cell, folder/digest(asked), progress)["held_out"]["miou"]
 
 def finished(cell: SegCell, folder: Path, progress: bool = False) -> dict:
     "What `run_cell` returns; a run that has finished in `folder` is read, an interrupted one goes on."

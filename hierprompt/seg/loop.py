@@ -166,8 +166,8 @@ class StateHook(Hook):
         for name, value in self.run.items():
             if about["run"].get(name) != value:
                 raise ValueError(
-                    f"{self.path} was made with {name} = {about['run'].get(name)}, this run has {value}: delete it, or go on with what it "
-                    "was made with"
+                    f"{self.path} was made with {name} = {about['run'].get(name)}, this run has {value}: "
+                    "delete it, or go on with what it was made with"
                 )
         part = lambda prefix: {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         put(runner.model, part("model."), self.path)

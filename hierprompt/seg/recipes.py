@@ -48,8 +48,8 @@ class SegRecipe:
             if getattr(self, name) is not None: _positive(name, getattr(self, name))
         if not 0 <= self.warmup < (self.decay_until or self.iterations) <= self.iterations:
             raise ValueError(
-                f"warmup = {self.warmup}, decay_until = {self.decay_until} and iterations = {self.iterations} have to follow each other "
-                "in this order"
+                f"warmup = {self.warmup}, decay_until = {self.decay_until} and iterations = "
+                f"{self.iterations} have to follow each other in this order"
             )
         if not 0 <= self.min_lr <= self.lr: raise ValueError(f"min_lr = {self.min_lr} is not in [0, lr = {self.lr}]")
 

@@ -66,8 +66,8 @@ class SegTask:
     def stored(self) -> str:
         "What a mask file may hold, in words."
         ignored = "0 and 255 are" if self.reduce_zero_label else "255 is"
-        return (f"the {self.num_classes} classes of {self.name} are stored as {int(self.reduce_zero_label)}..{self.values[-1]}, {ignored} "
-                "ignored")
+        return (f"the {self.num_classes} classes of {self.name} are stored as "
+                f"{int(self.reduce_zero_label)}..{self.values[-1]}, {ignored} ignored")
 
 # %% ../../nbs/seg/20_tasks.ipynb #cd0738b3
 CLIMATE_COLOURS = [[20, 60, 140], [0, 120, 60], [220, 180, 90], [140, 200, 80], [110, 140, 160], [240, 240, 250]]

@@ -64,8 +64,8 @@ class PruningConfig:
         if not 0 < self.share <= 1: raise ValueError(f"share = {self.share} is not in (0, 1]")
         if self.reduction == "abs_sum" and self.score != "snip":
             raise ValueError(
-                f"reduction = 'abs_sum' is the sensitivity to a token's mask, which only score = 'snip' has; {self.score!r} wants another "
-                "one"
+                "reduction = 'abs_sum' is the sensitivity to a token's mask, which only score = 'snip' "
+                f"has; {self.score!r} wants another one"
             )
 
 # %% ../../../nbs/methods/adapt/10_pruning.ipynb #2901f1ef

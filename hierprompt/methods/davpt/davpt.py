@@ -70,22 +70,13 @@ _HOST = {
 }
 RELEASABLE = ("q", "k", "v", *_HOST)      # q, k, v: parts of the fused bias
 BIAS_SETS = {  # DA-VPT spec 1.9
-    "none": [],  # DA-VPT
-    "kv": ["k", "v"],  # DA-VPT+ as the paper's text says
-    "qkv": ["q", "k", "v"],  # as the paper's parameter columns need (DA-VPT spec 2)
-    "rel_vit": [
-        "k",
-        "v",
-        "proj",
-        "fc2",
-        "norm2.b",
-        "norm1.w",
-        "norm1.b",
-        "cls",
-        "patch_embed.b",
-    ],  # released, ViT-B and MoCo on FGVC (D8, D41)
-    "rel_mae": ["v", "proj", "fc2", "norm2.b", "patch_embed.b"],  # released, MAE
-    "all": ["q", "k", "v", "proj", "fc1", "fc2", "norm1.b", "norm2.b", "norm.b", "patch_embed.b"],  # BitFit
+    "none": [],                # DA-VPT
+    "kv": ["k", "v"],          # DA-VPT+ as the paper's text says
+    "qkv": ["q", "k", "v"],    # as the paper's parameter columns need (DA-VPT spec 2)
+    # released, ViT-B and MoCo on FGVC (D8, D41)
+    "rel_vit": ["k", "v", "proj", "fc2", "norm2.b", "norm1.w", "norm1.b", "cls", "patch_embed.b"],
+    "rel_mae": ["v", "proj", "fc2", "norm2.b", "patch_embed.b"],   # released, MAE
+    "all": ["q", "k", "v", "proj", "fc1", "fc2", "norm1.b", "norm2.b", "norm.b", "patch_embed.b"],   # BitFit
 }
 
 def bias_names(bias_set: str | list[str]) -> list[str]:
@@ -261,6 +252,6 @@ def _check_pool(host, config: DAVPTConfig):
     "Means of normalised tokens want a backbone that norms tokens, as MAE's does."
     if config.pool != "host" and host.num_read is None:
         raise ValueError(
-            f"pool = {config.pool!r}: this backbone pools its patches itself, use pool='host'; the others are for one that pools a class "
-            "token"
+            f"pool = {config.pool!r}: this backbone pools its patches itself, use pool='host'; the "
+            "others are for one that pools a class token"
         )

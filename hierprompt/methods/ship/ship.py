@@ -110,8 +110,8 @@ def prototypes(features: Tensor,  # (N, D), last-block vectors of training image
     distinct = len(vectors.unique(dim=0))
     if distinct < count:
         raise ValueError(
-            f"num_prototypes = {count} clusters need as many different training images, there are {distinct}: use num_prototypes <= "
-            f"{distinct}"
+            f"num_prototypes = {count} clusters need as many different training images, there are "
+            f"{distinct}: use num_prototypes <= {distinct}"
         )
     labels = torch.from_numpy(KMeans(count, n_init=10, random_state=42).fit_predict(vectors.numpy())).long()
     sums = torch.zeros(count, vectors.shape[1], dtype=torch.float64).index_add_(0, labels, vectors)
