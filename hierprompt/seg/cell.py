@@ -64,8 +64,8 @@ class SegCell:
 def seg_model(cell: SegCell) -> PromptedEncoderDecoder:
     "The untrained model of a cell."
     recipe, task = seg_recipe(cell.recipe, **cell.recipe_changes), lookup(SEG_TASKS, cell.task, "segmentation task")
-    shared = ("vit", "weights", "pretrained", "method", "preset", "config", "out_indices", "interpolation", "final_norm", "drop_path", "seed")
-    same = {name: getattr(cell, name) for name in shared}
+    of_backbone = ("vit", "weights", "pretrained", "method", "preset", "config", "out_indices", "interpolation", "final_norm", "drop_path")
+    same = {name: getattr(cell, name) for name in (*of_backbone, "seed")}
     return build_segmentor(
         setr_pup(
             {**same, "image_size": recipe.crop, "num_classes": task.num_classes},
