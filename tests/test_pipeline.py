@@ -14,7 +14,7 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
-from clone import ROOT, dvc, environment, make_clone, pipeline
+from clone import GIT, ROOT, dvc, environment, make_clone, pipeline
 from nbformat.v4 import new_code_cell, new_notebook
 
 from hierprompt.backbones.pretrained import load_backbone
@@ -24,12 +24,14 @@ from hierprompt.data.tasks import Task
 from hierprompt.engine.registry import method_code
 from hierprompt.engine.tuned import load_tuned
 from hierprompt.papers.davpt_settings import released_settings
-from hierprompt.pipeline.cell_settings import cell_candidates, cell_hash, cell_settings
+from hierprompt.pipeline.cell_settings import cell_candidates, cell_hash
 from hierprompt.pipeline.command_line import main
 from hierprompt.pipeline.interruption import leftovers
 from hierprompt.pipeline.profiles import load_profile
-from hierprompt.pipeline.resolve import resolve
-from hierprompt.pipeline.stages import LEVELS, selected, stages
+from hierprompt.pipeline.resolve import cells_of, resolve, table_cells
+from hierprompt.pipeline.settings import cell_settings
+from hierprompt.pipeline.stage_files import build_stages
+from hierprompt.pipeline.stages import BACKBONES, stages_of_tables
 from hierprompt.results.published import load_published
 from hierprompt.training.loop import evaluate
 
@@ -59,7 +61,7 @@ def with_profile(folder, name, values):
 def timeless(metrics):
     "A metrics record without what differs from run to run."
     diagnostics = {key: value for key, value in metrics["diagnostics"].items() if key not in ("map_seconds", "test_seconds")}
-    return {key: value for key, value in metrics.items() if key not in ("seconds", "images_per_second", "peak_memory_mb")} | {
+    return {key: value for key, value in metrics.items() if key not in ("seconds", "images_per_second", "peak_memory_mb", "spent")} | {
         "diagnostics": diagnostics
     }
 
@@ -267,42 +269,60 @@ def test_check_tells_what_differs(here, capsys):
     assert "differs in threads" in capsys.readouterr().err
 
 
-def test_profiles_do_not_share_stages():
-    names = [{s for level in LEVELS[1:] for s in stages(resolved(p))[level]} for p in PROFILES]
-    assert len(set.union(*names)) == sum(map(len, names))
+def test_the_active_profile_is_read_as_strictly_as_any(here, capsys):
+    "As `dvc exp run -S` may have changed it."
+    shutil.copytree(ROOT/"profiles", here/"profiles")
+    assert main(["profile", "laptop"]) == 0
+    text = (here/"params.yaml").read_text()
+    (here/"params.yaml").write_text(text.replace("num_tokens: 10", "num_token: 10", 1))
+    assert main(["settings"]) == 1 and "unknown key 'num_token' = 10" in capsys.readouterr().err
+    (here/"params.yaml").write_text(text.replace("threads: 1", "threads: 3"))   # stands in every command
+    assert main(["settings", "--stages-as-they-are"]) == 1 and "run `hierprompt settings`" in capsys.readouterr().err
+    before = (here/"stages/laptop/rows/lora/dvc.yaml").read_text()
+    assert main(["settings"]) == 0 and (here/"stages/laptop/rows/lora/dvc.yaml").read_text() == before.replace("--threads 1", "--threads 3")
+
+
+def test_a_row_that_a_profile_has_no_longer_leaves_no_stage(here):
+    shutil.copytree(ROOT/"profiles", here/"profiles")
+    mine = lambda variants: (here/"profiles"/"mine.yaml").write_text(yaml.safe_dump(
+        {"base": "smoke", "tables": {"baselines": {"variants": variants}, **dict.fromkeys(["ship", "davpt", "adapt", "segmentation"])}}))
+    mine(["linear", "lora"])
+    assert main(["profile", "mine"]) == 0
+    (here/"stages/mine/rows/lora/dvc.lock").write_text("stages: {}\n")
+    mine(["linear"])
+    assert main(["profile", "mine"]) == 0
+    assert [file.name for file in (here/"stages/mine/rows/lora").iterdir()] == ["dvc.lock"]   # what DVC remembers of it
+    assert not (here/"stages/mine/settings/rows/lora").exists() and (here/"stages/mine/settings/rows/linear/emoji.json").is_file()
+
+
+def test_profiles_share_the_networks_stages_and_no_others():
+    addresses = [{s.address for s in build_stages(resolved(p)).values() if s.file != BACKBONES} for p in PROFILES]
+    assert len(set.union(*addresses)) == sum(map(len, addresses))
 
 
 def test_tables_select_their_stages_and_no_others():
-    params = resolve(load_profile("laptop", ROOT/"profiles"))
-    blocks = {"one": {"variants": ["linear"], "tasks": ["emoji"]}, "two": {"variants": ["lora", "linear"], "tasks": ["koeppen"]}}
-    params["tables"]["laptop-small"] = {"table": "small", "blocks": blocks, "variants": ["linear", "lora"], "tasks": ["emoji", "koeppen"]}
-    assert selected(params, ["small"]) == {   # and not LoRA on emoji
-        "backbone": stages(params)["backbone"], "data": ["data@laptop-emoji", "data@laptop-koeppen"],
-        "run": ["run@laptop-linear-emoji", "run@laptop-linear-koeppen", "run@laptop-lora-koeppen"], "table": ["table@laptop-small"]}
+    stages = build_stages(resolved("smoke"))
+    chosen = stages_of_tables(stages, ["adapt"], "smoke")
+    assert {stages[a].label for a in chosen} == {
+        "smoke-settings", "smoke-adapt", "data clip_fashion",
+        *(f"{v}-{t}" for v, t in table_cells(resolved("smoke")["tables"]["adapt"]))}
 
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_cells_are_those_of_the_blocks(name):
-    params = resolve(load_profile(name, ROOT/"profiles"))
+    params = resolved(name)
     for table in params["tables"].values():
         blocks = table["blocks"].values()
         assert table["variants"] == list(dict.fromkeys(v for block in blocks for v in block["variants"]))
         assert table["tasks"] == list(dict.fromkeys(t for block in blocks for t in block["tasks"]))
         if table["table"] == "baselines": assert table["blocks"].keys() == {"baselines"}
-    cells = {
-        f"{name}-{v}-{t}"
-        for table in params["tables"].values()
-        for block in table["blocks"].values()
-        for v in block["variants"]
-        for t in block["tasks"]
-    }
-    assert {*params["cells"], *params["clip_cells"], *params["seg_cells"]} == cells
-    assert {stage.split("run@")[1] for stage in selected(params, None)["run"]} == cells
-    for kind in ("clip", "seg"):
-        assert all(
-            stage.startswith(f"stages/{kind}/dvc.yaml:") == (stage.split("run@")[1] in params[f"{kind}_cells"])
-            for stage in selected(params, None)["run"]
-        )
+    cells = {f"{v}-{t}" for table in params["tables"].values() for v, t in table_cells(table)}
+    assert set(cells_of(params)) == cells
+    stages = build_stages(params)
+    assert {stage.label for stage in stages.values() if stage.level == "cell"} == cells
+    for table in params["tables"].values():   # exactly its own cells' numbers
+        read = {dep for dep in stages[f"{name}-{table['table']}"].deps if dep.endswith("metrics.json")}
+        assert read == {f"results/{name}/runs/{v}-{t}/metrics.json" for v, t in table_cells(table)}
 
 
 def test_a_variant_on_another_one_changes_what_it_names(tmp_path):
@@ -318,26 +338,26 @@ def test_a_variant_on_another_one_changes_what_it_names(tmp_path):
 def test_paper_profile_holds_the_winners_and_the_run_matrix_of_ship():
     params = resolve(load_profile("paper", ROOT/"profiles"))
     for row in load_published("ship_winners").to_dict("records"):
-        settings = cell_settings(params, "paper", "ship_winners", row["task"])
+        settings = cell_settings(params, "ship_winners", row["task"])
         assert (settings["config"], settings["seeds"]) == ({"num_tokens": row["P"], "threshold": row["lambda"]}, [1]), row["task"]
         assert (settings["recipe"]["lr"], settings["recipe"]["weight_decay"]) == (row["lr"], row["wd"]), row["task"]
         assert (settings["recipe"]["drop_path"], settings["recipe"]["schedule_lag"], settings["preset"]) == (0.1, 1, "released")
-    default, candidates = cell_candidates(cell_settings(params, "paper", "ship", "svhn"))
+    default, candidates = cell_candidates(cell_settings(params, "ship", "svhn"))
     assert len(candidates) == 9 and {c.config["num_tokens"] for c in candidates} == {10, 50, 100}
     assert {(c.recipe.lr, c.recipe.weight_decay) for c in candidates} == {(1e-3, 1e-4)}
-    assert cell_settings(params, "paper", "vpt_deep", "svhn")["seeds"] == params["seeds"]
-    sizes = {name: (len(b["variants"]), len(b["tasks"])) for name, b in params["tables"]["paper-ship"]["blocks"].items()}
+    assert cell_settings(params, "vpt_deep", "svhn")["seeds"] == params["seeds"]
+    sizes = {name: (len(b["variants"]), len(b["tasks"])) for name, b in params["tables"]["ship"]["blocks"].items()}
     assert sizes == {"table_1": (7, 19), "table_2": (6, 2), "table_2_more": (1, 1), "table_3": (9, 7), "table_4": (13, 1)}
-    assert cell_settings(params, "paper", "sip_more", "cifar100")["config"]["num_tokens"] == 70
+    assert cell_settings(params, "sip_more", "cifar100")["config"]["num_tokens"] == 70
     # D8: nothing but the preprocessing differs
     released, literal = (resolve(load_profile(name, ROOT/"profiles")) for name in ("paper_ship", "paper"))
     assert (released["data"]["preprocess"], literal["data"]["preprocess"], list(released["tables"])) == (
         "ship",
         "paper",
-        ["paper_ship-ship"],
+        ["ship"],
     )
     assert (
-        released["tables"]["paper_ship-ship"] == literal["tables"]["paper-ship"]
+        released["tables"]["ship"] == literal["tables"]["ship"]
         and released["variants"].items() <= literal["variants"].items()
     )
 
@@ -362,11 +382,11 @@ def test_published_settings_lie_below_what_the_profile_says(tmp_path):
     )
     params, files = resolve(load_profile("mine", tmp_path/"profiles")), released_settings("supervised_in21k")
     cells = params["cells"]
-    rates = {task: cells[f"mine-mine-{task}"]["recipe"]["lr"] for task in ("cub200", "svhn", "dtd")}
+    rates = {task: cells[f"mine-{task}"]["recipe"]["lr"] for task in ("cub200", "svhn", "dtd")}
     assert rates == {"cub200": files["cub200"]["recipe"]["lr"], "svhn": 0.5, "dtd": 0.75}
-    assert cells["mine-mine-dtd"]["config"] == {**files["dtd"]["config"], "num_guided": 7}
-    assert cells["mine-mine-cub200"]["recipe"]["augment"] == "random_resized_crop_flip"
-    settings = cell_settings(params, "mine", "mine", "caltech101")
+    assert cells["mine-dtd"]["config"] == {**files["dtd"]["config"], "num_guided": 7}
+    assert cells["mine-cub200"]["recipe"]["augment"] == "random_resized_crop_flip"
+    settings = cell_settings(params, "mine", "caltech101")
     assert (settings["config"]["num_tokens"], settings["config"]["dropout"]) == (files["caltech101"]["config"]["num_tokens"], 0.25)
 
 
@@ -374,7 +394,7 @@ def test_keeping_a_model_is_no_part_of_a_result():
     params = resolved("laptop")
     kept = {name: variant["keep"] for name, variant in params["variants"].items()}
     assert [name for name, keep in kept.items() if not keep] == ["full", "seg_full"]
-    settings = cell_settings(params, "laptop", "full", "emoji")
+    settings = cell_settings(params, "full", "emoji")
     assert settings["keep"] is False and cell_hash({**settings, "keep": True}) == cell_hash(settings)
 
 
@@ -404,10 +424,7 @@ def test_a_method_is_its_folder_or_module_and_what_it_is_built_on():
         "maple": [f"{methods}/clip/maple.py", f"{methods}/clip/vpt.py"],
     }
     cells = resolved("laptop")["cells"]
-    assert (cells["laptop-ship_da-fashion_mnist"]["code"], cells["laptop-ship_da-fashion_mnist"]["base"]) == (
-        f"{methods}/davpt",
-        f"{methods}/ship",
-    )
+    assert cells["ship_da-fashion_mnist"]["code"] == [f"{methods}/davpt", f"{methods}/ship"]
     with pytest.raises(KeyError, match="unknown method 'da_vtp'"): method_code("da_vtp")
 
 
@@ -421,7 +438,7 @@ WHICH = {
 }
 
 
-def blocks_of(name, table="davpt"): return resolved(name)["tables"][f"{name}-{table}"]["blocks"]
+def blocks_of(name, table="davpt"): return resolved(name)["tables"][table]["blocks"]
 
 
 @pytest.mark.parametrize("name", ["laptop", "reference", "paper_davpt"])
@@ -487,7 +504,7 @@ def test_da_vpts_released_settings_reach_their_cells(name, pretraining):
     params = resolved(name)
     for variant, preset, legacy in (("da_vpt_released", "released", False), ("da_vpt_legacy", "released_legacy", True)):
         for task, entry in released_settings(pretraining, legacy).items():
-            settings = cell_settings(params, name, variant, task)
+            settings = cell_settings(params, variant, task)
             assert (settings["config"], settings["preset"], settings["seeds"]) == (entry["config"], preset, [0]), task
             assert entry["recipe"].items() <= settings["recipe"].items(), task
             assert settings["recipe"]["augment"] == ("none" if settings["train_on"] == "trainval" else "random_resized_crop_flip")
@@ -522,7 +539,23 @@ def tiny(tmp_path_factory):
     folder = with_profile(make_clone(tmp_path_factory.mktemp("whole")/"hierprompt"), "tiny", TINY)
     done = pipeline(folder, "repro", capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    (folder/"said.txt").write_text(done.stdout)
     return folder
+
+
+def copy_of(tiny, place):
+    "A copy to break; a run by hand has times of its own."
+    return Path(shutil.copytree(tiny, place, symlinks=True))
+
+
+def stale_of(folder):
+    "Labels of the stages that DVC calls changed: ROW-TASK, or a table's name."
+    return {name.split("/rows/")[-1].replace("/dvc.yaml:", "-") for name in json.loads(dvc(folder, "status", "--json"))}
+
+
+def ran(output):
+    "Labels of the stages that a `repro` has run."
+    return {line.split("  ")[-2].strip() for line in output.splitlines() if line.startswith("[") and line.endswith(" s")}
 
 
 def test_everything_is_there(tiny):
@@ -574,63 +607,117 @@ def test_models_are_kept_where_the_profile_says_so(tiny):
     vit = load_backbone("tiny_random", file=tiny/"data/backbones/tiny_random.safetensors", image_size=32)
     record, test = results(tiny, "tiny")["da_vpt-emoji"][0], Task.load(tiny/"data/tasks/tiny/emoji.safetensors").test
     assert evaluate(load_tuned(models/"da_vpt-emoji", vit), test) == pytest.approx(record["acc"][-1])
-    lock = yaml.safe_load((tiny/"dvc.lock").read_text())["stages"]["run@tiny-da_vpt-emoji"]
+    lock = yaml.safe_load((tiny/"stages/tiny/rows/da_vpt/dvc.lock").read_text())["stages"]["emoji"]
     assert "results/tiny/models/da_vpt-emoji" in [out["path"] for out in lock["outs"]]
     record, test = results(tiny, "tiny")["adapt_adaptive-clip_fashion"][0], Task.load(tiny/"data/tasks/tiny/clip_fashion.safetensors").test
     assert evaluate(load_tuned(models/"adapt_adaptive-clip_fashion", load_clip("tiny_clip")), test) == pytest.approx(record["acc"][-1])
 
 
+def test_repro_tells_the_plan_the_time_left_and_where_the_time_went(tiny):
+    said = (tiny/"said.txt").read_text()
+    first, *_, costs, last = said.splitlines()
+    assert "1 backbone, 2 data, 6 cells, 4 tables (of 6 cells)" in said and first.startswith("plan for tiny: ")
+    assert "dashboard: http://127.0.0.1:" in said and " left  " in said
+    assert "training " in costs and "a cell cost" in costs and "recording took" in costs
+    assert last == "profile tiny: 14 stages are up to date"
+    assert len(ran(said)) == 13
+
+
 def test_nothing_to_do(tiny):
     assert "Data and pipelines are up to date" in dvc(tiny, "repro")
-    assert "everything is up to date" in pipeline(tiny, "repro", capture_output=True).stdout
+    assert pipeline(tiny, "repro", capture_output=True).stdout == "profile tiny: 14 stages are up to date\n"
+    assert pipeline(tiny, "plan", capture_output=True).stdout == "plan for tiny: nothing to do\n"
 
 
-def test_dvc_shows_metrics_and_plots(tiny):
+def test_dvc_shows_metrics_plots_and_the_graph(tiny):
     assert "acc_mean" in dvc(tiny, "metrics", "show", "--md")
     assert '"loss"' in dvc(tiny, "plots", "show", "--show-vega", "results/tiny/runs/linear-emoji/history.csv")
+    assert "stages/tiny/rows/linear/dvc.yaml:emoji" in dvc(tiny, "dag", "--dot", "tiny-baselines")
 
 
-def test_a_variant_s_setting_reaches_only_its_row(tiny):
-    params = (tiny/"params.yaml").read_text()
-    try:
-        changed = yaml.safe_load(params)
-        changed["variants"]["linear"]["recipe_changes"]["lr"] = 0.5
-        (tiny/"params.yaml").write_text(yaml.safe_dump(changed))
-        assert set(json.loads(dvc(tiny, "status", "--json"))) == {"run@tiny-linear-emoji"}
-    finally: (tiny/"params.yaml").write_text(params)
+def test_a_fresh_clone_is_up_to_date_and_builds_tables_and_rows_from_metrics(tiny, tmp_path):
+    "Nothing is in DVC's cache there: neither images nor weights, models or executed notebooks."
+    git = [*GIT, "-C", str(tiny)]
+    for command in (["add", "-A"], ["commit", "-q", "-m", "tiny"]): subprocess.run([*git, *command], check=True)
+    folder = tmp_path/"hierprompt"
+    subprocess.run(["git", "clone", "-q", str(tiny), str(folder)], check=True)
+    assert not (folder/"data/tasks").exists() and not (folder/".dvc/cache").exists()
+    assert pipeline(folder, "repro", capture_output=True).stdout == "profile tiny: 14 stages are up to date\n"
+    module = folder/"hierprompt/results/pages.py"
+    module.write_text(module.read_text() + "\n# edited\n")
+    done = pipeline(folder, "repro", "--tables", "adapt", capture_output=True)
+    assert done.returncode == 0 and ran(done.stdout) == {"tiny-adapt"}, done.stdout + done.stderr
+    more = {**TINY, "tables": {**TINY["tables"], "baselines": {"variants": ["linear", "vpt_deep", "bias"]}}}
+    with_profile(folder, "tiny", more)
+    assert "1 cell," in pipeline(folder, "plan", "--rows", "bias", capture_output=True).stdout
+    done = pipeline(folder, "repro", "--tables", "baselines", capture_output=True)
+    assert done.returncode == 0 and ran(done.stdout) == {
+        "backbone tiny_random", "data emoji", "bias-emoji", "tiny-baselines"}, done.stdout + done.stderr
+    before, after = results(tiny, "tiny"), results(folder, "tiny")
+    assert {cell: after[cell] for cell in before} == before and set(after) == {*before, "bias-emoji"}
+
+
+def test_a_model_that_a_table_shows_is_made_again_and_named_beforehand(tiny, tmp_path):
+    folder = copy_of(tiny, tmp_path/"hierprompt")
+    values = {**TINY, "tables": {**dict.fromkeys(["baselines", "ship", "adapt", "segmentation"]),
+                                 "davpt": {"blocks": {"table_1": None, "ship": None,
+                                                      "table_3": {"variants": ["dvpt", "da_vpt"], "tasks": ["emoji"]}}}}}
+    with_profile(folder, "tiny", values)
+    assert pipeline(folder, "repro", capture_output=True).returncode == 0   # DVPT, and the table with the picture of both
+    for path in (folder/"results/tiny/models", folder/".dvc/cache"): shutil.rmtree(path)
+    module = folder/"hierprompt/results/pages.py"
+    module.write_text(module.read_text() + "\n# edited\n")
+    plan = pipeline(folder, "plan", capture_output=True).stdout
+    assert "trained again only because a table shows their models: " in plan and "da_vpt-emoji" in plan and "dvpt-emoji" in plan
+    done = pipeline(folder, "repro", capture_output=True)
+    assert done.returncode == 0 and ran(done.stdout) == {"dvpt-emoji", "da_vpt-emoji", "tiny-davpt"}, done.stdout + done.stderr
+    assert (folder/"results/tiny/figures/davpt/fig_3a.png").is_file()
+
+
+def test_a_variant_s_setting_reaches_only_its_row_and_its_tables(tiny, tmp_path):
+    "As an experiment changes it; an unknown setting stops before any work."
+    folder = copy_of(tiny, tmp_path/"hierprompt")
+    row = "stages/tiny/rows/linear/dvc.yaml"
+    said = dvc(folder, "exp", "run", "--quiet", "-S", "variants.linear.recipe_changes.lr=0.5", row)
+    assert not said.strip() or "ERROR" not in said
+    assert read_json(folder/"results/tiny/runs/linear-emoji/metrics.json")["recipe"]["lr"] == 0.5
+    assert stale_of(folder) == {"tiny-baselines"}
+    params = (folder/"params.yaml").read_text()
+    (folder/"params.yaml").write_text(params.replace("lr: 0.5", "rate: 0.5"))
+    for command in (["dvc", "repro"], ["hierprompt", "repro"]):
+        done = subprocess.run([sys.executable, "-m", *command], cwd=folder, env=environment(folder), capture_output=True, text=True)
+        assert done.returncode and "unknown key 'rate' = 0.5" in done.stdout + done.stderr
 
 
 def test_a_module_reaches_only_the_stages_that_use_it(tiny):
-    def stale_after(module):
-        text = (tiny/module).read_text()
+    def stale_after(*modules):
+        texts = {module: (tiny/module).read_text() for module in modules}
         try:
-            (tiny/module).write_text(text + "\n# edited\n")
-            return {name.split("@")[1] for name in json.loads(dvc(tiny, "status", "--json"))}
-        finally: (tiny/module).write_text(text)
-    assert stale_after("hierprompt/methods/vit/full_linear_bias.py") == {"tiny-linear-emoji"}
-    assert stale_after("hierprompt/methods/vit/lora.py") == set()
-    assert stale_after("hierprompt/pipeline/repro.py") == set()
-    assert stale_after("hierprompt/methods/vit/adapter.py") == set()
-    assert stale_after("hierprompt/pipeline/profiles.py") == set()
+            for module, text in texts.items(): (tiny/module).write_text(text + "\n# edited\n")
+            return stale_of(tiny) - {"tiny-settings"}   # which is written again from the whole package, in seconds
+        finally:
+            for module, text in texts.items(): (tiny/module).write_text(text)
     tables = {"tiny-baselines", "tiny-ship", "tiny-davpt", "tiny-adapt"}
+    idle = ["methods/vit/lora.py", "methods/vit/adapter.py", "pipeline/repro.py", "pipeline/profiles.py", "pipeline/settings.py",
+            "seg/loop.py", "methods/names.py"]   # a method more makes no run of another one stale
+    assert stale_after(*(f"hierprompt/{module}" for module in idle)) == set()
+    assert stale_after("hierprompt/methods/vit/full_linear_bias.py") == {"linear-emoji"}
     assert stale_after("hierprompt/results/tables.py") == tables
-    assert stale_after("hierprompt/methods/ship/ship.py") == {"tiny-ship-emoji", *tables}
-    assert stale_after("hierprompt/methods/adapt/pruning.py") == {"tiny-adapt_adaptive-clip_fashion"}
-    assert stale_after("hierprompt/clip/prompted.py") == {f"tiny-{cell}" for cell in ADAPT}
-    assert stale_after("hierprompt/seg/loop.py") == set()
-    assert stale_after("hierprompt/methods/names.py") == set()   # a method more makes no run of another one stale
+    assert stale_after("hierprompt/methods/ship/ship.py") == {"ship-emoji", "tiny-ship"}
+    assert stale_after("hierprompt/methods/adapt/pruning.py") == {"adapt_adaptive-clip_fashion"}
+    assert stale_after("hierprompt/clip/prompted.py") - tables == ADAPT
     # a module of DA-VPT that its cells' method does not name
-    assert stale_after("hierprompt/methods/davpt/guidance.py") == {"tiny-da_vpt-emoji", *tables}
+    assert stale_after("hierprompt/methods/davpt/guidance.py") == {"da_vpt-emoji", "tiny-davpt"}
 
 
 @pytest.mark.parametrize("notebook, parameters", [
     ("nbs/pipeline/10_stages.ipynb", {}),
-    ("nbs/runs/run.ipynb", dict(profile="tiny", variant="linear", task="emoji", out="results/tiny/runs/linear-emoji")),
-    ("nbs/tables/baselines.ipynb", dict(profile="tiny")),
+    ("nbs/runs/run.ipynb", dict(settings_file="stages/tiny/settings/rows/linear/emoji.json", out="results/tiny/runs/linear-emoji")),
+    ("nbs/tables/baselines.ipynb", dict(settings_file="stages/tiny/settings/tables/baselines.json")),
 ], ids=["documentation", "run", "table"])
 def test_a_notebook_runs_where_it_lies(tiny, tmp_path, notebook, parameters):
     "As in JupyterLab, with its own folder as the current one; what it writes is the same and lies in the same place."
-    folder = shutil.copytree(tiny, tmp_path/"hierprompt", symlinks=True)   # a run by hand has times of its own
+    folder = copy_of(tiny, tmp_path/"hierprompt")
     given = [part for name, value in parameters.items() for part in ("-p", name, value)]
     done = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", folder/notebook, tmp_path/"out.ipynb", "--cwd",
                            (folder/notebook).parent, *given], env=environment(folder), capture_output=True, text=True)
@@ -649,29 +736,28 @@ def test_a_notebook_outside_of_the_project_says_so(tiny, tmp_path):
     assert done.returncode and "lies in no checkout of the project" in done.stderr
 
 
+def locks_of(folder): return {str(file.relative_to(folder)): file.read_text() for file in sorted(folder.rglob("dvc.lock"))}
+
+
 def test_another_profile_and_back_keeps_what_is_finished(tiny):
-    before = (tiny/"dvc.lock").read_text(), (tiny/"stages/clip/dvc.lock").read_text()
+    before = locks_of(tiny)
     assert pipeline(tiny, "profile", "laptop", capture_output=True).returncode == 0
-    assert json.loads(dvc(tiny, "status", "--json"))
+    assert not any("/tiny/" in name for name in json.loads(dvc(tiny, "status", "--json")))   # out of DVC's sight
     assert pipeline(tiny, "profile", "tiny", capture_output=True).returncode == 0
-    assert json.loads(dvc(tiny, "status", "--json")) == {}
-    assert ((tiny/"dvc.lock").read_text(), (tiny/"stages/clip/dvc.lock").read_text()) == before
+    assert stale_of(tiny) == set() and locks_of(tiny) == before
 
 
-def test_a_failing_stage_is_named_and_later_levels_do_not_start(tiny, tmp_path):
+def test_a_failing_stage_is_named_and_what_stands_on_it_does_not_start(tiny, tmp_path):
     broken = {**TINY, "variants": {"vpt_deep": {"recipe_changes": {"lr": 1.0e30}, "grid": {"lr": [1.0e30, 2.0e30]}}}}
-    folder = with_profile(shutil.copytree(tiny, tmp_path/"copy", symlinks=True), "tiny", broken)
+    folder = with_profile(copy_of(tiny, tmp_path/"copy"), "tiny", broken)
     done = pipeline(folder, "repro", capture_output=True)
-    assert done.returncode == 1 and "run@tiny-vpt_deep-emoji  FAILED" in done.stdout and "table@" not in done.stdout
-    assert "all 2 candidates diverged" in done.stdout
-    assert {file.parent.name for file in (folder / "results/tiny/runs").glob("*/metrics.json")} == {
-        "linear-emoji",
-        "ship-emoji",
-        "da_vpt-emoji",
-        *ADAPT,
-    }
+    assert done.returncode == 1 and "vpt_deep-emoji  FAILED, the end of .cache/logs/" in done.stdout, done.stdout + done.stderr
+    assert "all 2 candidates diverged" in done.stdout and "tiny-baselines  not started" in done.stdout
+    assert done.stdout.splitlines()[-1] == "profile tiny: 1 stages failed"
+    assert not (folder/"results/tiny/runs/vpt_deep-emoji/metrics.json").exists()   # nothing old is read as new
     assert not (folder/"results/tiny/models/vpt_deep-emoji").exists()
     assert (folder/"results/tiny/notebooks/vpt_deep-emoji.failed.ipynb").is_file()
+    assert "linear-emoji" not in stale_of(folder)   # its keep is another one, its numbers are recorded
 
 
 # Kills
@@ -684,192 +770,237 @@ KILLS = {"training": lambda home: list((home/".cache/trials/tiny/vpt_deep-emoji"
 @pytest.fixture
 def prepared(tiny, tmp_path):
     "A copy with backbone and data, but without runs, tables and what DVC remembers of them."
-    folder = shutil.copytree(tiny, tmp_path/"hierprompt", symlinks=True)
+    folder = copy_of(tiny, tmp_path/"hierprompt")
     for name in ("runs", "models", "tables", "figures", "notebooks"): shutil.rmtree(folder/"results/tiny"/name)
-    shutil.rmtree(folder/".dvc/cache/runs")
-    for file in (folder/"dvc.lock", folder/"stages/clip/dvc.lock"):
-        lock = yaml.safe_load(file.read_text())
-        lock["stages"] = {name: stage for name, stage in lock["stages"].items() if name.startswith(("backbone@", "data@"))}
-        file.write_text(yaml.safe_dump(lock))
+    for file in (folder/"stages/tiny/rows").rglob("dvc.lock"): file.unlink()
+    lock = yaml.safe_load((folder/"dvc.lock").read_text())
+    (folder/"dvc.lock").write_text(yaml.safe_dump({**lock, "stages": {"tiny-settings": lock["stages"]["tiny-settings"]}}))
     return folder
 
 
-def test_dvc_repro_killed_during_training_saving_and_table_building(tiny, prepared):
-    "DVC's own command, with everything it started, killed at the worst moments; then it completes and equals the whole run."
+def start(folder, *command):
+    "A command in the copy, in a session of its own."
+    return subprocess.Popen([sys.executable, "-m", *command], cwd=folder, env=environment(folder), start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_dvc_s_own_repro_killed_during_training_saving_and_table_building(tiny, prepared):
+    "DVC's own command, with everything it started, killed at the worst moments; then ours completes what it began."
     for moment, reached in KILLS.items():
-        process = subprocess.Popen([sys.executable, "-m", "dvc", "repro"], cwd=prepared, env=environment(prepared), start_new_session=True,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start(prepared, "dvc", "repro", "tiny-baselines")
         wait_for(lambda: reached(prepared) or process.poll() is not None)
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait(30) == -signal.SIGKILL, f"ended before {moment}"
+    done = pipeline(prepared, "repro", "--tables", "baselines", capture_output=True)
+    assert done.returncode == 0 and ran(done.stdout) == {"tiny-baselines"}, done.stdout + done.stderr
+    assert {cell: results(tiny, "tiny")[cell] for cell in ("linear-emoji", "vpt_deep-emoji")} == results(prepared, "tiny")
+
+
+def kernels(folder):
+    "Processes that work in a folder and are kernels or workers."
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try: command, home = (place/"cmdline").read_bytes().decode(), os.readlink(place/"cwd")
+        except OSError: continue
+        if Path(home) == folder and int(place.name) != os.getpid() and running(int(place.name)): found.append((int(place.name), command))
+    return found
+
+
+def test_repro_killed_during_training_saving_recording_and_table_building(tiny, prepared):
+    moments = {**{name: KILLS[name] for name in ("training", "saving", "table")},
+               "recording": lambda home: (home/".cache/logs/record.log").exists()}
+    for moment in ("training", "saving", "recording", "table"):
+        (prepared/".cache/logs/record.log").unlink(missing_ok=True)
+        process = start(prepared, "hierprompt", "repro")
+        wait_for(lambda: moments[moment](prepared) or process.poll() is not None)
+        process.kill()
+        assert process.wait(30) == -signal.SIGKILL, f"ended before {moment}: {process.stdout.read()}"
+        wait_for(lambda: not kernels(prepared))   # nothing goes on in the background
     done = pipeline(prepared, "repro", capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert results(prepared, "tiny") == results(tiny, "tiny")
-    assert not leftovers(prepared/"results", prepared/"data")
-    assert json.loads(dvc(prepared, "status", "--json")) == {}
+    assert not leftovers(prepared/"results", prepared/"data") and stale_of(prepared) == set()
 
 
-def test_repro_interrupted_with_two_jobs(tiny, prepared):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hierprompt", "repro", "--jobs", "2"],
-        cwd=prepared,
-        env=environment(prepared),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    wait_for(lambda: len(list((prepared/"results/tiny/notebooks").glob(".[lv]*-emoji*.tmp.ipynb"))) == 2)
+def test_repro_interrupted_with_two_workers_records_what_had_finished(tiny, prepared):
+    process = start(prepared, "hierprompt", "repro", "--jobs", "2")
+    wait_for(lambda: list((prepared/"results/tiny/runs").glob("*/metrics.json")))
+    wait_for(lambda: len(list((prepared/"results/tiny/notebooks").glob(".[a-z]*-*.tmp.ipynb"))) == 2)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=30)[0]
-    assert process.returncode == 130 and "repeat the command" in output
-    assert not list((prepared/"results/tiny/runs").glob("*/metrics.json"))
-    assert pipeline(prepared, "repro", capture_output=True).returncode == 0
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "repeat the command" in output, output
+    wait_for(lambda: not kernels(prepared))
+    finished = ran(output)
+    assert finished and not {label for label in stale_of(prepared)} & finished
+    done = pipeline(prepared, "repro", capture_output=True)
+    assert done.returncode == 0 and not ran(done.stdout) & finished
     assert results(prepared, "tiny") == results(tiny, "tiny")
 
 
+def test_a_second_repro_is_refused(prepared):
+    process = start(prepared, "hierprompt", "repro")
+    wait_for(lambda: (prepared/".dvc/tmp/hierprompt.json").exists() and list((prepared/".cache").glob("dask/*")))
+    second = pipeline(prepared, "repro", capture_output=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+    assert second.returncode == 1 and f"another repro is at work in this folder (process {process.pid} on " in second.stderr
+    wait_for(lambda: not kernels(prepared))
+
+
+def test_a_worker_that_dies_costs_its_own_cell_once(tiny, prepared):
+    process = start(prepared, "hierprompt", "repro", "--jobs", "2")
+    wait_for(lambda: KILLS["training"](prepared))
+    victim = next(pid for pid, command in kernels(prepared) if "spawn_main" in command and children_of(pid))
+    os.kill(victim, signal.SIGKILL)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert results(prepared, "tiny") == results(tiny, "tiny") and stale_of(prepared) == set()
+
+
+def children_of(pid):
+    try: return (Path(f"/proc/{pid}/task/{pid}/children")).read_text().split()
+    except OSError: return []
+
+
 def test_cut_off_lock_files_are_mended(tiny, tmp_path):
-    folder = shutil.copytree(tiny, tmp_path/"copy", symlinks=True)
-    for file in (folder/"dvc.lock", folder/"stages/clip/dvc.lock"):
+    folder = copy_of(tiny, tmp_path/"copy")
+    for file in (folder/"dvc.lock", folder/"stages/tiny/rows/zsclip/dvc.lock"):
         lock = file.read_text()
         file.write_text(lock[:lock.rindex("cmd:")])   # the last stage has lost its command
     done = pipeline(folder, "repro", capture_output=True)
-    assert done.returncode == 0 and "\ndvc.lock was cut off" in "\n" + done.stdout and "stages/clip/dvc.lock was cut off" in done.stdout
+    assert done.returncode == 0 and "\ndvc.lock was cut off" in "\n" + done.stdout
+    assert "stages/tiny/rows/zsclip/dvc.lock was cut off" in done.stdout
     assert results(folder, "tiny") == results(tiny, "tiny")
+
+
+# Other places to run
+
+def test_a_scheduler_and_a_worker_that_somebody_else_has_started(tiny, prepared):
+    "As on a cluster: two processes, which only share the folder with us."
+    file = prepared/".cache/scheduler.json"
+    dask = lambda *command: subprocess.Popen([sys.executable, "-m", "distributed.cli." + command[0], *command[1:]], cwd=prepared,
+                                             env=environment(prepared), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    scheduler = dask("dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file))
+    worker = dask("dask_worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-dashboard")
+    try:
+        address = json.loads(wait_for(lambda: file.exists() and file.read_text()))["address"]
+        (prepared/"cluster.yaml").write_text(yaml.safe_dump({"kind": "scheduler", "address": address}))
+        done = pipeline(prepared, "repro", "--cluster", "cluster.yaml", "--tables", "baselines", capture_output=True)
+        assert done.returncode == 0 and "scheduler workers" in done.stdout, done.stdout + done.stderr
+        assert worker.poll() is None and scheduler.poll() is None   # they are not ours to end
+    finally:
+        for process in (worker, scheduler): process.terminate()
+        for process in (worker, scheduler): process.wait(30)
+    assert {cell: results(tiny, "tiny")[cell] for cell in ("linear-emoji", "vpt_deep-emoji")} == results(prepared, "tiny")
+
+
+SBATCH = """#!/bin/sh
+# In SLURM's place: runs the job here, in the background.
+cp "$1" jobs/$$.sh
+setsid sh jobs/$$.sh >jobs/$$.log 2>&1 &
+echo $! > jobs/$$.pid
+echo "Submitted batch job $!"
+"""
+
+
+def test_a_slurm_cluster(tiny, prepared):
+    "The script that would be submitted, and the whole way with a stand-in for SLURM's commands."
+    (prepared/"bin").mkdir()
+    (prepared/"jobs").mkdir()
+    for name, script in {"sbatch": SBATCH, "scancel": "#!/bin/sh\nkill -- -$1\n"}.items():
+        (prepared/"bin"/name).write_text(script)
+        (prepared/"bin"/name).chmod(0o755)
+    options = {"queue": "gpu", "cores": 4, "memory": "2GB", "walltime": "00:30:00", "job_extra_directives": ["--gres=gpu:1"],
+               "interface": "lo", "python": sys.executable}
+    (prepared/"cluster.yaml").write_text(yaml.safe_dump({"kind": "slurm", "jobs": 1, "options": options}))
+    env = environment(prepared)
+    env["PATH"] = f"{prepared/'bin'}:{env['PATH']}"
+    done = subprocess.run([sys.executable, "-m", "hierprompt", "repro", "--cluster", "cluster.yaml", "--tables", "baselines"], cwd=prepared,
+                          env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "slurm workers" in done.stdout, done.stdout + done.stderr
+    script = next((prepared/"jobs").glob("*.sh")).read_text()
+    for line in ("#SBATCH -p gpu", "#SBATCH -t 00:30:00", "#SBATCH --gres=gpu:1", "#SBATCH --cpus-per-task=4"): assert line in script
+    assert "--nthreads 1" in script and "--nworkers" not in script.replace("--nworkers 1", "")   # one stage at a time
+    wait_for(lambda: not kernels(prepared))   # the job is cancelled with the run
 
 
 # The papers' benchmarks, on trees in their layouts
 
-def test_paper_profile_on_fixture_trees(tmp_path):
+def test_paper_profiles_on_fixture_trees(tmp_path):
+    """VTAB and FGVC with a choice and two seeds, CoOp's layout with draws of their own and the tiny CLIP in place of OpenAI's, ADE20K and
+    PASCAL Context with their own schedules and backgrounds and a choice of the optimizer on pictures that are kept out: one profile."""
     from fixture_trees import make_fgvc_tree, make_vtab_tree
+    from seg_trees import make_ade20k_tree, make_pascal_context_tree
+    from test_coop import make
     vtab, fgvc = make_vtab_tree(tmp_path/"vtab", ["cifar100", "kitti"]), make_fgvc_tree(tmp_path/"fgvc", ["cub200"])
-    short = {"epochs": 2, "warmup_epochs": 1, "batch_size": 8}
+    ade, context = make_ade20k_tree(tmp_path/"ade"), make_pascal_context_tree(tmp_path/"context")
+    make(tmp_path/"coop", "eurosat")
     few = {task: {"config": {"num_tokens": n}} for task, n in [("cifar100", 2), ("kitti", 3), ("cub200", 1)]}
-    variants = {"vpt_deep": {"recipe_changes": short, "grid": {"lr": [0.1, 1.0]}, "tasks": few}}
+    loose = lambda root: {"root": str(root), "strict": False}
     values = {
         "base": "paper",
-        "threads": 1,
-        "backbone": {"name": "tiny_random", "image_size": 32},
-        "seeds": [42, 44],
-        "tasks": {"vtab": {"root": str(vtab), "strict": False}, "fgvc": {"root": str(fgvc), "strict": False}},
-        "variants": variants,
-        "tables": {
-            "baselines": {"variants": list(variants), "tasks": ["cifar100", "kitti", "cub200"]},
-            "ship": {
-                "blocks": {
-                    "table_1": {"variants": ["vpt_deep"], "tasks": ["kitti"]},
-                    **dict.fromkeys(["table_2", "table_2_more", "table_3", "table_4"]),
-                }
-            },
-        },
-    }
-    folder = with_profile(make_clone(tmp_path/"hierprompt"), "fixture", values)
-    done = pipeline(folder, "repro", capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = {cell: record for cell, (record, _) in results(folder, "fixture").items()}
-    assert len(found) == 3
-    assert all(record["seeds"] == [42, 44] and record["acc_std"] is not None for record in found.values())
-    assert found["vpt_deep-kitti"]["parameters"]["prompts"] == 3 * 4 * 64
-    assert "trained on train," in found["vpt_deep-cub200"]["protocol"] and "trained on trainval," in found["vpt_deep-kitti"]["protocol"]
-    table = (folder/"results/fixture/tables/baselines/baselines.md").read_text()
-    assert "VPT-Deep" in table and "not run" in table
-
-
-def test_adapts_paper_profile_on_a_fixture_tree(tmp_path):
-    "Two seeds with draws of their own, CoOp's layout and templates, the tiny CLIP in place of OpenAI's."
-    from test_coop import make
-    make(tmp_path/"coop", "eurosat")
-    short = {"epochs": 2, "batch_size": 3}
-    values = {
-        "base": "paper_adapt",
+        "rows": ["adapt", "segmentation"],
         "threads": 1,
         "backbone": {"name": "tiny_random", "image_size": 32},
         "clip": {"name": "tiny_clip", "image_size": 32, "pretrained": None},
-        "seeds": [1, 2],
+        "seg": {"name": "tiny_random", "channels": 8, "out_indices": [0, 1, 2, 3]},
+        "seeds": [42, 44],
         "shots": 3,
-        "clip_recipe": short,
-        "tasks": {"coop": {"root": str(tmp_path / "coop"), "strict": False}},
-        "variants": {"adapt": {"config": {"num_tokens": 4, "warmup_epochs": 0}}},
+        "clip_recipe": {"epochs": 2, "batch_size": 3},
+        "seg_recipe": {"iterations": 2, "batch_size": 2, "crop": 32, "scale": [40, 32], "stride": 21, "tta_ratios": [1.0],
+                       "prepare_crops": 4},
+        "tasks": {"vtab": loose(vtab), "fgvc": loose(fgvc), "coop": loose(tmp_path/"coop"), "ade20k": loose(ade),
+                  "pascal_context": loose(context)},
+        "variants": {
+            "vpt_deep": {"recipe_changes": {"epochs": 2, "warmup_epochs": 1, "batch_size": 8}, "grid": {"lr": [0.1, 1.0]}, "tasks": few},
+            "adapt": {"config": {"num_tokens": 4, "warmup_epochs": 0, "per_event": 8}},
+            "seg_vpt": {"config": {"num_tokens": 2}, "grid": {"optimizer": ["sgd", "adamw"], "lr": [1.0e-3]}, "seeds": [42]},
+            "seg_linear": {"seeds": [42]},
+        },
         "tables": {
-            "adapt": {
-                "blocks": {
-                    "table_1": {"variants": ["kgcoop", "adapt_t16"], "tasks": ["coop_eurosat"]},
-                    **dict.fromkeys(["table_2", "table_3", "table_4", "fig_3", "ablations"]),
-                }
-            }
+            "baselines": {"variants": ["vpt_deep"], "tasks": ["cifar100", "kitti", "cub200"]},
+            "ship": {"blocks": {"table_1": {"variants": ["vpt_deep"], "tasks": ["kitti"]},
+                                **dict.fromkeys(["table_2", "table_2_more", "table_3", "table_4"])}},
+            "adapt": {"blocks": {"table_1": {"variants": ["kgcoop", "adapt_t16"], "tasks": ["coop_eurosat"]},
+                                 **dict.fromkeys(["table_2", "table_3", "table_4", "fig_3", "ablations"])}},
+            "segmentation": {"blocks": {"table_2": {"variants": ["seg_linear", "seg_vpt"], "tasks": ["mmseg"]}}},
         },
     }
-    values["variants"]["adapt"]["config"]["per_event"] = 8
     folder = with_profile(make_clone(tmp_path/"hierprompt"), "fixture", values)
     done = pipeline(folder, "repro", capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {cell: record for cell, (record, _) in results(folder, "fixture").items()}
-    assert set(found) == {"kgcoop-coop_eurosat", "adapt_t16-coop_eurosat"}
-    assert all(record["seeds"] == [1, 2] and record["recipe"]["augment"] == "random_resized_crop_flip" for record in found.values())
+    page = lambda table, name: (folder/f"results/fixture/tables/{table}/{name}.md").read_text()
+    vit = {cell: record for cell, record in found.items() if cell.startswith("vpt_deep-")}
+    assert len(vit) == 3 and all(record["seeds"] == [42, 44] and record["acc_std"] is not None for record in vit.values())
+    assert vit["vpt_deep-kitti"]["parameters"]["prompts"] == 3 * 4 * 64
+    assert "trained on train," in vit["vpt_deep-cub200"]["protocol"] and "trained on trainval," in vit["vpt_deep-kitti"]["protocol"]
+    assert "VPT-Deep" in page("baselines", "baselines") and "not run" in page("baselines", "baselines")
+    clip = {cell: record for cell, record in found.items() if cell.endswith("coop_eurosat")}
+    assert set(clip) == {"kgcoop-coop_eurosat", "adapt_t16-coop_eurosat"}
+    assert all(record["recipe"]["augment"] == "random_resized_crop_flip" and len(record["acc_se"]) == 2 for record in clip.values())
     draws = read_json(folder/"results/fixture/data/coop_eurosat/draws.json")
-    assert draws["1"]["train"] != draws["2"]["train"]
-    assert found["kgcoop-coop_eurosat"]["data"]["templates"]["kgcoop"] == "a centered satellite photo of {}."
-    page = (folder/"results/fixture/tables/adapt/table_1.md").read_text()
-    assert "KgCoOp" in page and "not run" in page and "MaPLe" in page
-
-
-def test_segmentations_paper_profile_on_fixture_trees(tmp_path):
-    """Both tasks with their own schedules and backgrounds, in MMSegmentation's layouts; a choice between optimizers on pictures that are
-    kept out."""
-    from seg_trees import make_ade20k_tree, make_pascal_context_tree
-    ade, context = make_ade20k_tree(tmp_path/"ade"), make_pascal_context_tree(tmp_path/"context")
-    short = {"iterations": 2, "batch_size": 2, "crop": 32, "scale": [40, 32], "stride": 21, "tta_ratios": [1.0], "prepare_crops": 4}
-    values = {
-        "base": "paper_seg",
-        "threads": 1,
-        "backbone": {"name": "tiny_random", "image_size": 32},
-        "seg": {"name": "tiny_random", "channels": 8, "out_indices": [0, 1, 2, 3]},
-        "seg_recipe": short,
-        "tasks": {"ade20k": {"root": str(ade), "strict": False}, "pascal_context": {"root": str(context), "strict": False}},
-        "variants": {"seg_vpt": {"config": {"num_tokens": 2}, "grid": {"optimizer": ["sgd", "adamw"], "lr": [1.0e-3]}}},
-        "tables": {"segmentation": {"blocks": {"table_2": {"variants": ["seg_linear", "seg_vpt"], "tasks": ["mmseg"]}}}},
-    }
-    folder = with_profile(make_clone(tmp_path/"hierprompt"), "fixture", values)
-    done = pipeline(folder, "repro", capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = {cell: record for cell, (record, _) in results(folder, "fixture").items()}
-    assert set(found) == {f"{v}-{t}" for v in ("seg_linear", "seg_vpt") for t in ("ade20k", "pascal_context")}
+    assert draws["42"]["train"] != draws["44"]["train"]
+    assert clip["kgcoop-coop_eurosat"]["data"]["templates"]["kgcoop"] == "a centered satellite photo of {}."
+    assert "KgCoOp" in page("adapt", "table_1") and "not run" in page("adapt", "table_1") and "MaPLe" in page("adapt", "table_1")
+    assert {f"{v}-{t}" for v in ("seg_linear", "seg_vpt") for t in ("ade20k", "pascal_context")} == {*found} - {*vit} - {*clip}
     assert [len(found[f"seg_linear-{t}"]["diagnostics"]["colours"]) for t in ("ade20k", "pascal_context")] == [150, 60]
     chosen = found["seg_vpt-ade20k"]["diagnostics"]["chosen"]
-    assert (
-        len(chosen) == 1
-        and chosen[0]["optimizer"] in ("sgd", "adamw")
-        and "chosen per seed from 2 settings" in found["seg_vpt-ade20k"]["protocol"]
-    )
+    assert len(chosen) == 1 and chosen[0]["optimizer"] in ("sgd", "adamw")
+    assert "chosen per seed from 2 settings" in found["seg_vpt-ade20k"]["protocol"]
     assert found["seg_vpt-ade20k"]["parameters"]["prompts"] == 2 * 4 * 64
-    page = (folder/"results/fixture/tables/segmentation/table_2.md").read_text()
-    assert "| DA-VPT " in page and "not run" in page
+    assert "| DA-VPT " in page("segmentation", "table_2") and "not run" in page("segmentation", "table_2")
     mask = next((ade/"annotations/training").iterdir())
     mask.unlink()
-    done = pipeline(
-        folder,
-        "run",
-        "nbs/runs/seg_data.ipynb",
-        "--out",
-        "data.ipynb",
-        "-p",
-        "profile=fixture",
-        "-p",
-        "task=ade20k",
-        "-p",
-        "params_file=params.yaml",
-        "-p",
-        "out=data/again",
-        capture_output=True,
-    )
+    done = pipeline(folder, "run", "nbs/runs/seg_data.ipynb", "--out", "data.ipynb", "-p",
+                    "settings_file=stages/fixture/settings/data/ade20k.json", "-p", "out=data/again", capture_output=True)
     assert done.returncode == 1 and mask.name in done.stderr     # a missing mask stops before anything trains
 
 
-@pytest.mark.parametrize(
-    "profile, setting", [("paper", "tasks.vtab.root"), ("paper_adapt", "tasks.coop.root"), ("paper_seg", "tasks.ade20k.root")]
-)
-def test_paper_profiles_without_folder_name_the_setting(tmp_path, profile, setting):
+def test_paper_profiles_without_folder_name_the_setting(tmp_path):
     folder = make_clone(tmp_path/"hierprompt")
-    assert pipeline(folder, "profile", profile, capture_output=True).returncode == 0
-    done = pipeline(folder, "repro", capture_output=True)
-    assert done.returncode == 1
-    assert setting in done.stderr and f"profiles/{profile}.yaml" in done.stderr
+    for profile, setting in (("paper", "tasks.vtab.root"), ("paper_adapt", "tasks.coop.root"), ("paper_seg", "tasks.ade20k.root")):
+        assert pipeline(folder, "profile", profile, capture_output=True).returncode == 0
+        done = pipeline(folder, "repro", capture_output=True)
+        assert done.returncode == 1
+        assert setting in done.stderr and f"profiles/{profile}.yaml" in done.stderr

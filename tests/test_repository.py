@@ -10,16 +10,15 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from hierprompt.core import read_yaml
+from hierprompt.core import read_json, read_yaml, to_dict
 from hierprompt.engine.registry import list_methods, method_code, method_kind, method_modules
-from hierprompt.pipeline.profiles import differences, load_profile
+from hierprompt.pipeline.profiles import differences, load_profile, read_params
 from hierprompt.pipeline.resolve import resolve
-from hierprompt.pipeline.stages import cells_of, tasks_of
+from hierprompt.pipeline.settings import settings_files
+from hierprompt.pipeline.stage_files import CODE, RUN_NOTEBOOKS, build_stages
+from hierprompt.pipeline.stages import load_stages, settings_folder
 
 ROOT = Path(__file__).parents[1]
-STAGES = read_yaml(ROOT/"dvc.yaml")["stages"]
-CLIP_STAGES = read_yaml(ROOT/"stages"/"clip"/"dvc.yaml")["stages"]
-SEG_STAGES = read_yaml(ROOT/"stages"/"seg"/"dvc.yaml")["stages"]
 PROFILES = sorted(path.stem for path in (ROOT/"profiles").glob("*.yaml"))
 
 
@@ -57,9 +56,16 @@ def test_pins_are_ordinary_builds():
     assert not [version for version in pins().values() if "+" in version]
 
 
-def test_params_are_the_laptop_profile():
-    wrong = differences(resolve(load_profile("laptop", ROOT/"profiles")), read_yaml(ROOT/"params.yaml"))
+def test_params_settings_and_stages_are_those_of_the_laptop_profile(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    profile = load_profile("laptop")
+    wrong = differences(to_dict(profile), to_dict(read_params()))
     assert not wrong, f"run `hierprompt profile laptop`; params.yaml differs in {wrong}"
+    params, folder = resolve(profile), Path(settings_folder("laptop"))
+    assert load_stages("laptop") == build_stages(params), "run `hierprompt profile laptop`; other stages would be written"
+    wanted, there = settings_files(params), {str(file.relative_to(folder)): read_json(file) for file in folder.rglob("*.json")}
+    assert there == wanted, "run `hierprompt profile laptop`; other settings would be written"
+    assert (ROOT/"stages/.dvcignore").read_text() == "/*\n!/backbones\n!/laptop\n"
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -110,56 +116,36 @@ def needed(*notebooks):
 TABLES = sorted(str(path.relative_to(ROOT)) for path in (ROOT/"nbs"/"tables").glob("*.ipynb"))
 
 
-def code_of(stage, stages=STAGES):
-    "The folders and modules of the package that every stage of a level depends on."
-    return [dep for dep in stages[stage]["do"]["deps"] if dep.startswith("hierprompt/") and "${" not in dep]
-
-
 def covers(place, file): return file == place or file.startswith(f"{place}/")
 
 
 WRITERS = {"hierprompt/results/metrics.py"}   # it only writes what a run has found: its changes make no run stale
 # by `load_tuned`, for the models of DA-VPT's Fig. 3, and for SHIP's figures
-SHOWN = {"hierprompt/methods/davpt", "hierprompt/methods/ship"}
+SHOWN = {"nbs/tables/davpt.ipynb": {"hierprompt/methods/davpt"}, "nbs/tables/ship.ipynb": {"hierprompt/methods/ship"}}
 
 
-@pytest.mark.parametrize("stages, stage, notebooks, unwanted, loaded", [
-    (STAGES, "backbone", ["nbs/runs/backbone.ipynb"], set(), set()),
-    (STAGES, "data", ["nbs/runs/data.ipynb"], set(), set()),
-    (STAGES, "run", ["nbs/runs/run.ipynb"], WRITERS, set()),
-    (STAGES, "table", TABLES, set(), SHOWN),
-    (CLIP_STAGES, "backbone", ["nbs/runs/clip_weights.ipynb"], set(), set()),
-    (CLIP_STAGES, "data", ["nbs/runs/few_shot.ipynb"], set(), set()),
-    (CLIP_STAGES, "run", ["nbs/runs/clip.ipynb"], WRITERS, set()),
-    (SEG_STAGES, "backbone", ["nbs/runs/backbone.ipynb"], set(), set()),
-    (SEG_STAGES, "data", ["nbs/runs/seg_data.ipynb"], set(), set()),
-    (SEG_STAGES, "run", ["nbs/runs/segment.ipynb"], WRITERS, set()),
-])
-def test_stages_depend_on_the_code_they_use_and_on_no_other_folder(stages, stage, notebooks, unwanted, loaded):
-    used, places = needed(*notebooks) - unwanted, code_of(stage, stages)
-    assert all((ROOT/place).exists() for place in places)
+@pytest.mark.parametrize("notebook", CODE)
+def test_stages_depend_on_the_code_they_use_and_on_no_other_folder(notebook):
+    unwanted = WRITERS if notebook in RUN_NOTEBOOKS.values() else set()
+    used, places = needed(notebook) - unwanted, CODE[notebook]
+    assert len(set(places)) == len(places) and all((ROOT/place).exists() for place in places)
     assert not {file for file in used if not any(covers(place, file) for place in places)}
-    assert not {place for place in places if not any(covers(place, file) for file in used)} - loaded
+    assert not {place for place in places if not any(covers(place, file) for file in used)} - SHOWN.get(notebook, set())
     assert not {file for file in unwanted if any(covers(place, file) for place in places)}
 
 
-@pytest.mark.parametrize("name", PROFILES)
-def test_every_table_has_its_notebook(name):
-    tables = [t["table"] for t in resolve(load_profile(name, ROOT/"profiles"))["tables"].values()]
-    assert {f"nbs/tables/{table}.ipynb" for table in tables} <= set(TABLES)
+def test_every_run_and_table_notebook_has_its_code():
+    assert {str(path.relative_to(ROOT)) for folder in ("runs", "tables") for path in (ROOT/"nbs"/folder).glob("*.ipynb")} == set(CODE)
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_every_task_and_cell_names_files_that_are_there(name):
-    params = resolve(load_profile(name, ROOT/"profiles"))
-    for task in tasks_of(params).values(): assert (ROOT/task["source"]).is_file(), task
-    for cell in cells_of(params).values(): assert (ROOT/cell["code"]).exists() and (ROOT/cell["base"]).exists(), cell
-
-
-@pytest.mark.parametrize("stages", [STAGES, CLIP_STAGES, SEG_STAGES], ids=["vit", "clip", "seg"])
-def test_run_stages_name_the_methods_code_and_its_base_once(stages):
-    lines = [dep for dep in stages["run"]["do"]["deps"] if "${item.code}" in dep or "${item.base}" in dep]
-    assert lines == ["${item.code}", "${item.base}"]
+def test_what_stages_read_is_there_or_made_by_another_stage(name):
+    stages = build_stages(resolve(load_profile(name, ROOT/"profiles")))
+    made = {path for stage in stages.values() for path in stage.made}
+    missing = {dep for stage in stages.values() for dep in stage.deps
+               if not (ROOT/dep).exists() and not any(covers(place, dep) for place in made)}
+    assert not missing
+    assert len({path for stage in stages.values() for path in stage.made}) == sum(len(stage.made) for stage in stages.values())
 
 
 @pytest.mark.parametrize("method", list_methods())
@@ -169,8 +155,8 @@ def test_runs_depend_on_what_their_method_uses_and_on_no_other_method(method):
     methods = {file for file in used if file.startswith("hierprompt/methods/")}
     assert all(any(covers(place, file) for place in own) for file in methods)
     assert all(any(covers(place, file) for file in methods) for place in own)
-    kinds = [(STAGES, "run"), (SEG_STAGES, "run")] if method_kind(method) == "vit" else [(CLIP_STAGES, "run")]
-    for stages, stage in kinds: assert all(any(covers(place, file) for place in code_of(stage, stages)) for file in used - methods)
+    kinds = ["vit", "seg"] if method_kind(method) == "vit" else ["clip"]
+    for kind in kinds: assert all(any(covers(place, file) for place in CODE[RUN_NOTEBOOKS[kind]]) for file in used - methods)
 
 
 def test_git_holds_no_large_file():

@@ -2,6 +2,8 @@
 import json
 import math
 import statistics
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -17,9 +19,13 @@ from hierprompt.results.metrics import (
     example_metrics,
     failed_cells,
     group_means,
+    lacking,
+    machine,
     mean_of_groups,
     over_seeds,
+    processor,
     read_metrics,
+    standard_error,
     task_mean,
     versions,
 )
@@ -246,6 +252,13 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         (dict(macs=-1), "macs = -1 is not a finite"),
         (dict(backbone={"name": "x"}), "lacks name or sha256"),
         (dict(config_hash="abc"), "not a digest"),
+        (dict(acc_se=[1.0]), r"acc_se = .1.0. does not fit to seeds"),
+        (dict(acc_se=[1.0, -0.1]), "is not in points"),
+        (dict(acc_se=[1.0, math.nan]), "is not in points"),
+        (dict(acc_se=[1.0, math.inf]), "is not in points"),
+        (dict(spent={"waiting": 1.0}), "must hold finite seconds of choice, training, evaluation"),
+        (dict(spent={"training": -1.0}), "must hold finite seconds"),
+        (dict(spent={"choice": math.nan}), "must hold finite seconds"),
         (dict(parameters=GOOD.parameters | {"prompts": 5}), "do not add up"),
     ],
 )
@@ -286,6 +299,60 @@ def test_missing_file(tmp_path):
 
 def test_versions_name_what_numbers_depend_on():
     assert set(versions()) == {"python", "torch", "timm", "hierprompt"}
+
+
+def test_the_processor_is_described():
+    here = machine()
+    assert all(isinstance(value, str) and value for value in here.values()) and {"capability", "threads"} <= set(here)
+    assert here == machine() and processor().items() <= here.items()
+
+
+def test_the_processor_of_linux(tmp_path):
+    block = "processor\t: {}\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 85\nmodel name\t: Xeon: 2.8 GHz\nstepping\t: 7\n"
+    info, caches = tmp_path / "cpuinfo", tmp_path / "cache"
+    for i, size in enumerate(("32K", "1024K")):
+        (caches / f"index{i}").mkdir(parents=True)
+        (caches / f"index{i}/size").write_text(size + "\n")
+    def told(flags, blocks=2):
+        info.write_text("\n".join(block.format(i) + f"flags\t\t: {flags}\n" for i in range(blocks)))
+        return processor(info, caches)
+    found = told("fpu avx2 avx512f")
+    assert {name: value for name, value in found.items() if name != "flags"} == {
+        "vendor": "GenuineIntel", "family": "6", "model": "85", "name": "Xeon: 2.8 GHz", "stepping": "7", "caches": "32K 1024K"
+    }
+    assert len(found["flags"]) == 16 and told("avx512f avx2 fpu") == found == told("fpu avx2 avx512f", 1) != told("fpu avx2")
+
+
+def test_the_processor_elsewhere(tmp_path):
+    assert list(processor(tmp_path / "nothing")) == ["name"] and processor(tmp_path / "nothing")["name"]
+    (tmp_path / "arm").write_text("processor\t: 0\nBogoMIPS\t: 50\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n")
+    arm = processor(tmp_path / "arm", tmp_path / "no caches")
+    assert (arm["vendor"], arm["model"], arm["caches"], len(arm["flags"])) == ("0x41", "0xd0c", "", 16)
+
+
+def test_metrics_need_no_torch_to_be_read():
+    code = "import sys, hierprompt.results.metrics, hierprompt.results.compare; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("right, n", [(0, 1), (0, 400), (13, 32), (200, 400), (400, 400)])
+def test_standard_error_is_agresti_and_coull_s(right, n):
+    answers = np.array([1, 1, 0, 0] + [1] * right + [0] * (n - right))   # two right and two wrong ones added
+    assert standard_error(100 * right / n, n) == pytest.approx(100 * answers.std() / np.sqrt(len(answers)))
+
+
+@pytest.mark.parametrize("acc, n", [(50.0, 0), (-1.0, 10), (100.5, 10), (math.nan, 10)])
+def test_no_standard_error(acc, n):
+    with pytest.raises(ValueError, match="is no accuracy"): standard_error(acc, n)
+
+
+def test_what_an_older_file_lacks():
+    raw = GOOD.record()
+    assert lacking(raw) == [] and lacking({k: v for k, v in raw.items() if k not in ("diagnostics", "spent")}) == []
+    for gone in ("acc_se", "versions", "machine"):
+        older = {name: value for name, value in raw.items() if name != gone}
+        assert lacking(older) == [gone]
+        with pytest.raises(ValueError, match=f"old.json: metrics lacks {gone}; delete the file"): check_metrics(older, "old.json")
 
 
 def test_metrics_from_another_version_of_the_program_are_read():

@@ -21,8 +21,10 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.evaluation import IoUMetric
 
 from hierprompt.core import read_json, write_json
+from hierprompt.pipeline.segmentation_cells import as_cell, choose, finished, seg_metrics
+from hierprompt.results.metrics import read_metrics
 from hierprompt.seg.cell import SegCell, count_seg_parameters, load_cell, run_cell, seg_data
-from hierprompt.seg.loop import evaluate, learnt, multi_scale, predictions, put, read_tensors, train, train_loader
+from hierprompt.seg.loop import evaluate, jackknife, learnt, multi_scale, predictions, put, read_tensors, train, train_loader
 from hierprompt.seg.recipes import seg_recipe
 from hierprompt.seg.segmentor import build_segmentor
 from hierprompt.seg.setr import setr_pup, single_scale_pipeline, train_pipeline, tta_pipeline
@@ -290,6 +292,30 @@ def test_a_class_that_does_not_occur_is_left_out(tree):
     truth = data[0]["data_samples"].gt_sem_seg.data[0]
     found = evaluate(Fixed([truth.where(truth != 255, 3)]), data)
     assert found["miou"] == 100.0 and None in found["iou"].values()
+    assert found["miou_se"] is None   # one picture
+
+
+def miou(data, masks):
+    "Of MMSegmentation, from pictures and predictions, unrounded."
+    areas = [IoUMetric.intersect_and_union(mask, data[i]["data_samples"].gt_sem_seg.data[0], 4, 255) for i, mask in masks]
+    return np.nanmean(100 * IoUMetric.total_area_to_metrics(*(sum(part).double() for part in zip(*areas)))["IoU"])
+
+
+def test_the_error_of_the_miou_is_that_without_each_picture(tree):
+    data, generator = dataset(tree, "train", single_scale_pipeline(RECIPE)), torch.Generator().manual_seed(0)
+    truths = [data[i]["data_samples"].gt_sem_seg.data[0] for i in range(9)]
+    wrong = [torch.rand(t.shape, generator=generator) < 0.1 * i for i, t in enumerate(truths)]
+    masks = [t.where((t != 255) & ~w, torch.randint(0, 4, t.shape, generator=generator)) for t, w in zip(truths, wrong)]
+    left = [miou(data, [(i, m) for i, m in enumerate(masks) if i != out]) for out in range(9)]
+    found = evaluate(Fixed(masks), data)
+    assert found["miou"] == pytest.approx(miou(data, enumerate(masks)), rel=1e-12)
+    assert found["miou_se"] == pytest.approx(np.sqrt(8 / 9 * sum((v - np.mean(left)) ** 2 for v in left)), rel=1e-12)
+    assert found["miou_se"] > 1
+
+
+def test_a_class_of_a_single_picture_is_missing_without_it():
+    areas = torch.tensor([[[8, 0], [10, 0], [9, 0], [9, 0]], [[5, 4], [10, 4], [6, 4], [9, 4]]]).double()
+    assert jackknife(areas) == pytest.approx(np.std([np.mean([50.0, 100.0]), 80.0]))   # (n - 1) / n * sum of squares, n = 2
 
 
 def test_several_scales_are_averaged(tree):
@@ -305,7 +331,7 @@ def test_several_scales_are_averaged(tree):
             for x, s in zip(views["inputs"], views["data_samples"])
         ]
     assert len(scores) == 4 and torch.equal(merged.pred_sem_seg.data.squeeze(), torch.stack(scores).mean(0).argmax(0))
-    assert set(evaluate(multi_scale(found), several)) == set(evaluate(found, single)) == {"miou", "macc", "aacc", "iou"}
+    assert set(evaluate(multi_scale(found), several)) == set(evaluate(found, single)) == {"miou", "miou_se", "macc", "aacc", "iou"}
 
 
 def test_a_flipped_view_is_turned_back(tree):
@@ -388,6 +414,32 @@ def test_pictures_that_are_kept_out_are_not_trained_on(objects):
     data = seg_data(SegCell(**cell(objects, hold_out=3)))
     paths = {name: {data[name].get_data_info(i)["img_path"] for i in range(len(data[name]))} for name in ("train", "held_out")}
     assert len(paths["train"]) == 5 and len(paths["held_out"]) == 3 and not paths["train"] & paths["held_out"]
+
+
+def test_the_record_of_a_cell_has_its_error_and_where_the_time_went(objects, tmp_path):
+    asked = cell(objects)
+    settings = dict(
+        profile="tiny", variant="seg_da_vpt", seeds=[0, 1], backbone={"name": "tiny_random"}, preset=None, grid={"lr": [1e-3, 1e-2]},
+        recipe=asked["recipe_changes"], decoder={"channels": 4, "out_indices": [1, 3], "normalize": "imagenet"},
+        **{name: asked[name] for name in ("task", "method", "config")},
+    )
+    cells, tried, found = {}, {}, {}
+    for seed in settings["seeds"]:
+        cells[seed], tried[seed] = choose(settings, as_cell(settings, objects, None, seed, pretrained=False), 8, tmp_path / "trials")
+        found[seed] = finished(cells[seed], tmp_path / f"seed-{seed}")
+    shares = {"train": {"background": 0.9, "object": 0.1}, "test": {"background": 0.8, "object": 0.2}}
+    metrics = seg_metrics(settings, found, cells, tried, None, shares)
+    assert metrics.acc_se == [numbers["test"]["miou_se"] for numbers in found.values()] and all(e > 0 for e in metrics.acc_se)
+    assert list(tried[0]) == ["lr", "miou", "seconds"]
+    assert metrics.spent == pytest.approx({
+        "choice": sum(frame.seconds.sum() for frame in tried.values()),
+        "training": metrics.seconds,
+        "evaluation": sum(sum(numbers["test_seconds"].values()) for numbers in found.values()),
+    }) and all(seconds > 0 for seconds in metrics.spent.values())
+    metrics.write(tmp_path / "metrics.json")
+    assert read_metrics(tmp_path / "metrics.json") == metrics
+    fixed = seg_metrics(settings, found, cells, dict.fromkeys(settings["seeds"]), None, shares)
+    assert fixed.spent["choice"] == 0.0
 
 
 @pytest.mark.parametrize(

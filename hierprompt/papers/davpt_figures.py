@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIRST_GUIDED', 'GROUPS', 'STARTS', 'SERIES', 'FLAT', 'TITLES', 'XLABELS', 'figure_study', 'plot_study',
-           'key_bias_remarks', 'composition_remarks', 'map_runs', 'plot_mapping']
+           'key_bias_remarks', 'composition_remarks', 'map_runs', 'pictured', 'plot_mapping']
 
 # %% ../../nbs/papers/40_davpt_figures.ipynb #198f37ee
 from collections.abc import Mapping, Sequence
@@ -134,6 +134,12 @@ def map_runs(results: str | Path, profile: str, cells: Sequence[str]) -> dict[st
     there = {cell: read_json(path) for cell, path in run_files(results, profile).items() if cell in cells}
     found = {cell: raw["diagnostics"] for cell, raw in there.items() if raw.get("status") == "success"}
     return {cell: diagnostics for cell, diagnostics in found.items() if diagnostics.get("map_seconds")}
+
+def pictured(blocks: Mapping[str, Mapping]) -> tuple[str, dict[str, str]]:  # of the table -> task, and label -> cell
+    "What Fig. 3 shows: the first task of the ablations, and the two models whose attention is compared."
+    tasks = [task for name in ("table_3", "table_7", "table_1") for task in blocks.get(name, {}).get("tasks", [])]
+    tasks += [task for block in blocks.values() for task in block["tasks"]]
+    return tasks[0], {"VPT-Deep": f"dvpt-{tasks[0]}", "DA-VPT": f"da_vpt-{tasks[0]}"}
 
 def plot_mapping(runs: Mapping[str, Mapping]):  # matplotlib figure
     "Left: time of each clustering; right: classes that changed their prompt. Run 0 is the one before training."

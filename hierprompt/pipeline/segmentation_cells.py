@@ -67,14 +67,19 @@ def choose(settings: Mapping, cell: SegCell, images: int, folder: Path, progress
                 "pictures": 0,
             }
         )
-        tried.append({**point.settings, "miou": _trial(candidate, folder, progress)})
+        tried.append({**point.settings, **_trial(candidate, folder, progress)})
     best = points[max(range(len(points)), key=lambda i: tried[i]["miou"])]
     return SegCell(**{**vars(cell), "recipe_changes": to_dict(best.recipe), "config": {**cell.config, **best.config}}), pd.DataFrame(tried)
 
-def _trial(cell: SegCell, folder: Path, progress: bool) -> float:
-    "Mean intersection over union on the kept-out pictures."
+def _trial(cell: SegCell, folder: Path, progress: bool) -> dict[str, float]:
+    "Mean intersection over union on the kept-out pictures, and what it took to know it."
     asked = {k: v for k, v in to_dict(cell).items() if k not in ("root", "weights")}
-    return finished(cell, folder/digest(asked), progress)["held_out"]["miou"]
+    numbers = finished(cell, folder/digest(asked), progress)
+    return {"miou": numbers["held_out"]["miou"], "seconds": numbers["seconds"] + _test_seconds(numbers)}
+
+def _test_seconds(numbers: Mapping) -> float:
+    "Of all tests of a run."
+    return sum(numbers["test_seconds"].values())
 
 def finished(cell: SegCell, folder: Path, progress: bool = False) -> dict:
     "What `run_cell` returns; a run that has finished in `folder` is read, an interrupted one goes on."
@@ -135,7 +140,8 @@ def seg_metrics(settings: Mapping,                # from `seg_settings`
                 weights: str | Path | None,       # the backbone's file
                 shares: Mapping[str, Mapping],    # part -> class -> share of the pixels, of `verify`
                ) -> Metrics:
-    "The numbers of a cell: accuracy is mean intersection over union, single-scale; the others are in the diagnostics."
+    """The numbers of a cell: accuracy is mean intersection over union, single-scale, its error that over the test pictures; the others are
+    in the diagnostics."""
     last, task = found[settings["seeds"][-1]], SEG_TASKS[settings["task"]]
     counts, recipe, sizes, grid = last["parameters"], last["recipe"], last["data"], tried[settings["seeds"][-1]]
     def over_seeds(test: str, name: str) -> list: return [f[test][name] for f in found.values()]
@@ -150,6 +156,7 @@ def seg_metrics(settings: Mapping,                # from `seg_settings`
                  f"{recipe['batch_size']} crops of {recipe['crop']} px; {sizes['train']} training and {sizes['test']} test pictures",
         acc=over_seeds("test", "miou"),
         acc_best_test=over_seeds("test", "miou"),
+        acc_se=over_seeds("test", "miou_se"),
         num_test_evaluations=1,
         seeds=settings["seeds"],
         parameters={
@@ -181,5 +188,10 @@ def seg_metrics(settings: Mapping,                # from `seg_settings`
             "chosen": [
                 {"optimizer": c.recipe_changes["optimizer"], "lr": c.recipe_changes["lr"], "config": c.config} for c in cells.values()
             ],
+        },
+        spent={
+            "choice": float(sum(frame.seconds.sum() for frame in tried.values() if frame is not None)),
+            "training": sum(f["seconds"] for f in found.values()),
+            "evaluation": sum(map(_test_seconds, found.values())),
         },
     )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['learnt', 'write_tensors', 'read_tensors', 'put', 'LossHook', 'StateHook', 'train_loader', 'train', 'evaluate',
-           'multi_scale', 'predictions', 'show_predictions']
+           'jackknife', 'multi_scale', 'predictions', 'show_predictions']
 
 # %% ../../nbs/seg/70_loop.ipynb #b2d96330
 from ..core import need
@@ -264,19 +264,21 @@ def evaluate(model,               # a segmentor, or one in `SegTTAModel`
              precision: str = "auto",
              workers: int = 0,
              progress: bool = False,
-            ) -> dict:            # percent: "miou", "macc", "aacc", and "iou" by class (None: the class does not occur)
-    "Accuracy on a data set."
-    classes, areas = dataset.metainfo["classes"], 0.0
+            ) -> dict:            # percent: "miou", "macc", "aacc", "iou" by class (None: it does not occur); points: "miou_se"
+    "Accuracy on a data set, and the standard error of the mIoU over its pictures."
+    classes, areas = dataset.metainfo["classes"], []
     device = next(model.parameters()).device
     model.eval()
     with torch.no_grad(), autocast(device, precision), quiet():
         for batch in tqdm(DataLoader(dataset, 1, num_workers=workers, collate_fn=pseudo_collate), desc="test", disable=not progress):
             for s in model.test_step(batch):
-                areas = areas + _areas(s.pred_sem_seg.data.squeeze(), s.gt_sem_seg.data.squeeze(), len(classes))
-    found = IoUMetric.total_area_to_metrics(*areas)
+                areas.append(_areas(s.pred_sem_seg.data.squeeze(), s.gt_sem_seg.data.squeeze(), len(classes)))
+    areas = torch.stack(areas)
+    found = IoUMetric.total_area_to_metrics(*areas.sum(0))
     iou = {name: None if np.isnan(v) else 100 * float(v) for name, v in zip(classes, found["IoU"])}
     return {
-        "miou": 100 * float(np.nanmean(found["IoU"])),
+        "miou": _miou(areas.sum(0)),
+        "miou_se": jackknife(areas),
         "macc": 100 * float(np.nanmean(found["Acc"])),
         "aacc": 100 * float(found["aAcc"]),
         "iou": iou,
@@ -285,6 +287,17 @@ def evaluate(model,               # a segmentor, or one in `SegTTAModel`
 def _areas(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor:
     "Intersection, union, predicted and true area of each class (4, C), exact in float64."
     return torch.stack(IoUMetric.intersect_and_union(predicted, truth.to(predicted), num_classes, 255)).double()
+
+def _miou(areas: Tensor) -> float:
+    "Percent, from the areas of all pictures together (4, C)."
+    return 100 * float(np.nanmean(IoUMetric.total_area_to_metrics(*areas)["IoU"]))
+
+def jackknife(areas: Tensor,      # (N, 4, C), of each picture
+             ) -> float | None:   # points; None: a single picture has no error
+    "Standard error of the mIoU over pictures, from what it would be without each of them."
+    if len(areas) < 2: return None
+    total = areas.sum(0)
+    return float(np.sqrt((len(areas) - 1) * np.var([_miou(total - one) for one in areas])))
 
 def multi_scale(model: PromptedEncoderDecoder) -> SegTTAModel:
     "The same weights, tested on several scales and mirrored; probabilities averaged."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SEG_RECIPES', 'SEG_BENCHMARKS', 'SEG_PACKS', 'SegRecipe', 'seg_recipe', 'recipe_of', 'Point',
-           'seg_grid', 'seg_settings']
+           'seg_grid']
 
 # %% ../../nbs/seg/50_recipes.ipynb #2a71e4c9
 from dataclasses import dataclass
@@ -107,37 +107,3 @@ def seg_grid(base: SegRecipe, **axes) -> list[Point]:
         fields = {k: v for k, v in point.items() if not of_method(k)}
         return seg_recipe(base, **{**(lookup(OPTIMIZERS, fields["optimizer"], "optimizer") if "optimizer" in fields else {}), **fields})
     return [Point(made(p), {k.removeprefix("config."): v for k, v in p.items() if of_method(k)}, p) for p in points]
-
-# %% ../../nbs/seg/50_recipes.ipynb #2cdf71e6
-def seg_settings(params: dict,   # the content of `params.yaml`
-                 profile: str,   # the profile the caller works for
-                 variant: str,   # a row of the table
-                 task: str,      # a column of the table
-                ) -> dict:       # plain data: method, config, recipe, grid, seeds, data, backbone, decoder, ...
-    "Everything a cell is asked to do; another active profile raises `ValueError`, an unknown cell `KeyError`."
-    if params["profile"] != profile:
-        raise ValueError(f"params.yaml holds the profile {params['profile']!r}, not {profile!r}: run `hierprompt profile {profile}`")
-    cell, row = lookup(params["seg_cells"], f"{profile}-{variant}-{task}", "cell"), params["variants"][variant]
-    column = {
-        k: v
-        for k, v in {**params["data"], **params["seg_tasks"][f"{profile}-{task}"]["data"]}.items()
-        if k in ("root", "train", "val", "test")
-    }
-    base, changes = recipe_of(row["recipe"], task), {**params["seg_recipe"], **row["recipe_changes"], **cell["recipe"]}
-    host = {k: v for k, v in params["seg"].items() if k not in ("fetched", "weights")}
-    return dict(
-        profile=profile,
-        variant=variant,
-        task=task,
-        method=row["method"],
-        preset=row["preset"],
-        config={**row["config"], **cell["config"]},
-        recipe=to_dict(seg_recipe(base, **changes)),
-        grid=row["grid"] if cell["grid"] is None else cell["grid"],
-        seeds=row["seeds"] or params["seeds"],
-        threads=params["threads"],
-        data=column,
-        keep=row["keep"],
-        backbone={k: host.pop(k) for k in ("name", "file")},
-        decoder=host,
-    )

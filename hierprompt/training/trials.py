@@ -96,7 +96,8 @@ def _trials_frame(candidates: Sequence[Candidate], scores: list, results: list[d
     varied = [name for name in names if any(s.get(name) != settings[0].get(name) for s in settings)] or ["lr"]
     frame = pd.DataFrame([{name: s.get(name) for name in varied} for s in settings])
     chosen = [i == best for i in range(len(candidates))]
-    return frame.assign(valid_acc=scores, status=[r["status"] for r in results], chosen=chosen)
+    seconds = [r["history"]["total_seconds"] if r["status"] == "success" else 0.0 for r in results]
+    return frame.assign(valid_acc=scores, status=[r["status"] for r in results], seconds=seconds, chosen=chosen)
 
 def run_seeds(make_model: Callable,        # `make_model(seed)` returns a fresh model, always on the same backbone
               train: Split,                # in VPT's protocol training and validation images together: `task.trainval`
