@@ -3,7 +3,7 @@
 SHELL   := /bin/bash
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 PROFILE ?= laptop
-JOBS    ?= 2
+JOBS    ?=
 SHOWN   ?= koeppen clip_fashion seg_climate
 VENV    := $(CURDIR)/.venv
 STAMP   := $(VENV)/.installed
@@ -33,7 +33,7 @@ test: setup export-check readme-check notebook-tests smoke pytest
 
 repro: setup
 	hierprompt profile $(PROFILE) --check
-	hierprompt repro --force --jobs $(JOBS)
+	hierprompt repro --force $(if $(JOBS),--jobs $(JOBS))
 	hierprompt compare --profile $(PROFILE)
 
 profile: setup

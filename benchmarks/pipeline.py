@@ -25,7 +25,7 @@ import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
 from hierprompt.core import atomic_path
-from hierprompt.pipeline.kernels import KernelServer, kernel_server
+from hierprompt.pipeline.kernels import TRIM, KernelServer, kernel_environment, kernel_server
 from hierprompt.pipeline.run_notebook import run_notebook
 from hierprompt.pipeline.stages import Stage
 
@@ -149,7 +149,29 @@ def status(args, folder):
     return seconds
 
 
-MEASUREMENTS = (cells, servers, status)
+TRAINING = """
+import torch
+from hierprompt.backbones.pretrained import load_backbone
+from hierprompt.data.tasks import Split
+from hierprompt.engine.tuned import tune
+from hierprompt.training.loop import fit
+from hierprompt.training.recipes import recipe
+vit = load_backbone("embedded_vit_small_patch14", pretrained=False, image_size=56)
+images = Split(torch.randint(0, 256, (512, 3, 56, 56), dtype=torch.uint8), torch.arange(512) % 10)
+once = recipe("vpt", epochs=1, batch_size=16, warmup_epochs=0, valid_every=0, test_every=0)
+fit(tune(vit, "vpt_deep", 10, num_tokens=10), images, recipe=once, progress=False)
+"""
+
+
+def trim(args, folder):
+    "An epoch of VPT-Deep on 512 images in a process with the environment of kernels, and with the variable that Dask sets for its workers."
+    kernel = kernel_environment(threads=1, offline=True)
+    run = lambda environment: partial(subprocess.run, [sys.executable, "-c", TRAINING], env=environment, check=True)
+    functions = {"training: as kernels are started": run(kernel), f"training: {TRIM}=65536": run({**kernel, TRIM: "65536"})}
+    return measure(functions, min(args.rounds, 5))
+
+
+MEASUREMENTS = (cells, servers, trim, status)
 
 
 def main():

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 import yaml
 from clone import GIT, ROOT, dvc, environment, make_clone, pipeline
@@ -649,7 +651,7 @@ def test_a_fresh_clone_is_up_to_date_and_builds_tables_and_rows_from_metrics(tin
     assert done.returncode == 0 and ran(done.stdout) == {"tiny-adapt"}, done.stdout + done.stderr
     more = {**TINY, "tables": {**TINY["tables"], "baselines": {"variants": ["linear", "vpt_deep", "bias"]}}}
     with_profile(folder, "tiny", more)
-    assert "1 cell," in pipeline(folder, "plan", "--rows", "bias", capture_output=True).stdout
+    assert "1 backbone, 1 data, 1 cell (of 7 cells)" in pipeline(folder, "plan", "--rows", "bias", capture_output=True).stdout
     done = pipeline(folder, "repro", "--tables", "baselines", capture_output=True)
     assert done.returncode == 0 and ran(done.stdout) == {
         "backbone tiny_random", "data emoji", "bias-emoji", "tiny-baselines"}, done.stdout + done.stderr
@@ -772,6 +774,7 @@ def prepared(tiny, tmp_path):
     "A copy with backbone and data, but without runs, tables and what DVC remembers of them."
     folder = copy_of(tiny, tmp_path/"hierprompt")
     for name in ("runs", "models", "tables", "figures", "notebooks"): shutil.rmtree(folder/"results/tiny"/name)
+    shutil.rmtree(folder/".dvc/cache/runs")
     for file in (folder/"stages/tiny/rows").rglob("dvc.lock"): file.unlink()
     lock = yaml.safe_load((folder/"dvc.lock").read_text())
     (folder/"dvc.lock").write_text(yaml.safe_dump({**lock, "stages": {"tiny-settings": lock["stages"]["tiny-settings"]}}))
@@ -796,13 +799,12 @@ def test_dvc_s_own_repro_killed_during_training_saving_and_table_building(tiny, 
     assert {cell: results(tiny, "tiny")[cell] for cell in ("linear-emoji", "vpt_deep-emoji")} == results(prepared, "tiny")
 
 
-def kernels(folder):
-    "Processes that work in a folder and are kernels or workers."
+def processes(folder):
+    "Workers, kernels and their servers in a folder, and whatever else works there."
     found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        try: command, home = (place/"cmdline").read_bytes().decode(), os.readlink(place/"cwd")
-        except OSError: continue
-        if Path(home) == folder and int(place.name) != os.getpid() and running(int(place.name)): found.append((int(place.name), command))
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.cwd() == str(folder) and process.status() != psutil.STATUS_ZOMBIE: found.append(process)
     return found
 
 
@@ -811,11 +813,12 @@ def test_repro_killed_during_training_saving_recording_and_table_building(tiny, 
                "recording": lambda home: (home/".cache/logs/record.log").exists()}
     for moment in ("training", "saving", "recording", "table"):
         (prepared/".cache/logs/record.log").unlink(missing_ok=True)
+        if moment == "table": shutil.rmtree(prepared/"results/tiny/tables", ignore_errors=True)   # where it had come to an end meanwhile
         process = start(prepared, "hierprompt", "repro")
         wait_for(lambda: moments[moment](prepared) or process.poll() is not None)
         process.kill()
         assert process.wait(30) == -signal.SIGKILL, f"ended before {moment}: {process.stdout.read()}"
-        wait_for(lambda: not kernels(prepared))   # nothing goes on in the background
+        wait_for(lambda: not processes(prepared))   # nothing goes on in the background
     done = pipeline(prepared, "repro", capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert results(prepared, "tiny") == results(tiny, "tiny")
@@ -824,14 +827,15 @@ def test_repro_killed_during_training_saving_recording_and_table_building(tiny, 
 
 def test_repro_interrupted_with_two_workers_records_what_had_finished(tiny, prepared):
     process = start(prepared, "hierprompt", "repro", "--jobs", "2")
-    wait_for(lambda: list((prepared/"results/tiny/runs").glob("*/metrics.json")))
+    said = [process.stdout.readline()]
+    while not ran("".join(said)): said.append(process.stdout.readline())
     wait_for(lambda: len(list((prepared/"results/tiny/notebooks").glob(".[a-z]*-*.tmp.ipynb"))) == 2)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
+    os.killpg(process.pid, signal.SIGINT)   # as a terminal does: to all of them
+    output = "".join(said) + process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "repeat the command" in output, output
-    wait_for(lambda: not kernels(prepared))
+    wait_for(lambda: not processes(prepared))
     finished = ran(output)
-    assert finished and not {label for label in stale_of(prepared)} & finished
+    assert finished and not stale_of(prepared) & finished
     done = pipeline(prepared, "repro", capture_output=True)
     assert done.returncode == 0 and not ran(done.stdout) & finished
     assert results(prepared, "tiny") == results(tiny, "tiny")
@@ -844,22 +848,18 @@ def test_a_second_repro_is_refused(prepared):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(30)
     assert second.returncode == 1 and f"another repro is at work in this folder (process {process.pid} on " in second.stderr
-    wait_for(lambda: not kernels(prepared))
+    wait_for(lambda: not processes(prepared))
 
 
 def test_a_worker_that_dies_costs_its_own_cell_once(tiny, prepared):
     process = start(prepared, "hierprompt", "repro", "--jobs", "2")
     wait_for(lambda: KILLS["training"](prepared))
-    victim = next(pid for pid, command in kernels(prepared) if "spawn_main" in command and children_of(pid))
-    os.kill(victim, signal.SIGKILL)
+    kernel = next(each for each in processes(prepared) if "ipykernel_launcher" in " ".join(each.cmdline()) or "serve" in each.name())
+    worker = next(each for each in kernel.parents() if "spawn_main" in " ".join(each.cmdline()))
+    worker.kill()
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     assert results(prepared, "tiny") == results(tiny, "tiny") and stale_of(prepared) == set()
-
-
-def children_of(pid):
-    try: return (Path(f"/proc/{pid}/task/{pid}/children")).read_text().split()
-    except OSError: return []
 
 
 def test_cut_off_lock_files_are_mended(tiny, tmp_path):
@@ -921,7 +921,7 @@ def test_a_slurm_cluster(tiny, prepared):
     script = next((prepared/"jobs").glob("*.sh")).read_text()
     for line in ("#SBATCH -p gpu", "#SBATCH -t 00:30:00", "#SBATCH --gres=gpu:1", "#SBATCH --cpus-per-task=4"): assert line in script
     assert "--nthreads 1" in script and "--nworkers" not in script.replace("--nworkers 1", "")   # one stage at a time
-    wait_for(lambda: not kernels(prepared))   # the job is cancelled with the run
+    wait_for(lambda: not processes(prepared))   # the job is cancelled with the run
 
 
 # The papers' benchmarks, on trees in their layouts

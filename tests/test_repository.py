@@ -3,6 +3,7 @@ import ast
 import re
 import subprocess
 from configparser import ConfigParser
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -26,6 +27,10 @@ def settings():
     parser = ConfigParser(delimiters=["="], interpolation=None)
     parser.read(ROOT/"settings.ini", encoding="utf-8")
     return parser["DEFAULT"]
+
+
+@cache
+def resolved(profile): return resolve(load_profile(profile, ROOT/"profiles"))
 
 
 def requirements():
@@ -70,7 +75,7 @@ def test_params_settings_and_stages_are_those_of_the_laptop_profile(monkeypatch)
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_profiles_resolve(name):
-    params = resolve(load_profile(name, ROOT/"profiles"))
+    params = resolved(name)
     assert params["profile"] == name
     assert yaml.safe_load(yaml.safe_dump(params)) == params
 
@@ -140,7 +145,7 @@ def test_every_run_and_table_notebook_has_its_code():
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_what_stages_read_is_there_or_made_by_another_stage(name):
-    stages = build_stages(resolve(load_profile(name, ROOT/"profiles")))
+    stages = build_stages(resolved(name))
     made = {path for stage in stages.values() for path in stage.made}
     missing = {dep for stage in stages.values() for dep in stage.deps
                if not (ROOT/dep).exists() and not any(covers(place, dep) for place in made)}

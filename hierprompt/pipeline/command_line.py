@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..core import MARK, lookup
+from ..core import MARK, lookup, read_yaml
 from .interruption import stop_on_signals, stop_with_parent
 from .run_command import add_options
 
@@ -19,12 +19,19 @@ def _profile(args: argparse.Namespace) -> int:
     "`profile`: makes a profile the active one, or tells which one is."
     from hierprompt.pipeline.stage_files import set_profile
     print(set_profile(args.name, args.check))
+    if args.name and not args.check: _record()
     return 0
+
+def _record() -> None:
+    "Has DVC remember the settings that were written, where this is a repository of DVC's."
+    from hierprompt.pipeline.staleness import record_settings
+    if Path(".dvc").is_dir(): record_settings(read_yaml("params.yaml")["profile"])
 
 def _settings(args: argparse.Namespace) -> int:
     "`settings`: writes the settings and stages of `params.yaml` anew."
     from hierprompt.pipeline.stage_files import update_settings
     update_settings(args.stages_as_they_are)
+    if not args.stages_as_they_are: _record()   # otherwise DVC itself has started this
     return 0
 
 def _plan(args: argparse.Namespace) -> int:

@@ -17,7 +17,18 @@ from ..core import read_json, read_yaml
 from .interruption import copy_locks, mend, only_one, sweep
 from .plan import plan_pass, remember
 from .stages import Stage, check_folders, load_stages, settings_folder, stages_of_tables
-from .staleness import Pass, changes, dvc, dvc_command, environment, everything, judge, next_pass, recorded
+from hierprompt.pipeline.staleness import (
+    Pass,
+    changes,
+    dvc,
+    dvc_command,
+    environment,
+    everything,
+    judge,
+    next_pass,
+    record_settings,
+    recorded,
+)
 from .workers import LOGS, Workers, connected, log_end, log_of, remove, submit
 
 # %% ../../nbs/pipeline/70_repro.ipynb #456b130b
@@ -129,14 +140,18 @@ class Costs:
         return [f"workers were busy for {clock(self.busy).strip()}: {shares}{cell}; recording took {recording:.0f} s beside them"]
 
 # %% ../../nbs/pipeline/70_repro.ipynb #cad90adb
-def _active(force: bool) -> tuple[dict[str, Stage], dict[str, list] | None]:
+def _check_folders(profile: str) -> None:
+    "A benchmark without a folder is named at once."
+    check_folders({file.stem: read_json(file) for file in sorted(Path(settings_folder(profile), "data").glob("*.json"))})
+
+def _active(profile: str, force: bool) -> tuple[dict[str, Stage], dict[str, list] | None]:
     "The stages of the active profile, its settings written anew where they are stale; what DVC says of them (`None` with `force`)."
-    profile = read_yaml("params.yaml")["profile"]
     found = None if force else changes()
     if force or f"{profile}-settings" in found:
         from hierprompt.pipeline.stage_files import update_settings
         update_settings()
-        dvc("commit", "--force", "--quiet", "--no-relink", f"{profile}-settings")
+        record_settings(profile)
+        _check_folders(profile)
         found = None if force else changes()
     return load_stages(profile), found
 
@@ -199,10 +214,9 @@ def repro(workers: Workers | None = None,    # None: two processes, or one a GPU
     "Brings the tables of the active profile up to date, in the current folder."
     with only_one():
         for line in mend(): print(line)
-        stages, found = _active(force)
         profile = read_yaml("params.yaml")["profile"]
-        asked = {s.name: read_json(f"{settings_folder(profile)}/data/{s.name}.json") for s in stages.values() if s.level == "data"}
-        check_folders(asked)
+        _check_folders(profile)
+        stages, found = _active(profile, force)
         wanted = stages_of_tables(stages, tables, profile)
         if force: remove([f".cache/trials/{profile}", f".cache/segment/{profile}"])
         todo = everything(stages, wanted) if force else next_pass(stages, judge(stages, found, recorded(profile)), wanted)
