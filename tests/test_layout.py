@@ -218,12 +218,6 @@ print(hp.count_parameters(model)["with_head"], hp.count_macs(model, 32), hp.list
 """
 
 
-def test_tuning_a_vit_needs_no_extra(bare):
-    done = in_bare(bare, "-c", TUNE)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split()[-1] == "cifar100"
-
-
 WANTING = {
     "import hierprompt as hp; hp.load_clip('tiny_clip')": "clip",
     "import hierprompt as hp; hp.tune_clip": "clip",
@@ -240,9 +234,9 @@ import json, os, sys, traceback
 import timm
 for i, code in enumerate(json.loads(sys.argv[1])):
     if os.fork() == 0:
-        with open(f"{sys.argv[2]}/{i}", "w") as file:
+        with open(f"{sys.argv[2]}/{i}", "w") as sys.stdout:
             try: exec(code, {})
-            except BaseException: traceback.print_exc(file=file)
+            except BaseException: traceback.print_exc(file=sys.stdout)
         os._exit(0)
     os.wait()
 """
@@ -250,11 +244,15 @@ for i, code in enumerate(json.loads(sys.argv[1])):
 
 @pytest.fixture(scope="module")
 def said(bare, tmp_path_factory):
-    "What ends each of `WANTING`, nothing if it succeeds. Each runs in a process of its own, which has PyTorch and timm from a common one."
-    folder = tmp_path_factory.mktemp("said")
-    done = in_bare(bare, "-c", APART, json.dumps([*WANTING]), str(folder))
+    "What `TUNE` and each of `WANTING` say, at the end the error if there is one: processes of their own, forked where timm is imported."
+    folder, codes = tmp_path_factory.mktemp("said"), [TUNE, *WANTING]
+    done = in_bare(bare, "-c", APART, json.dumps(codes), str(folder))
     assert done.returncode == 0, done.stderr
-    return {code: (folder/str(i)).read_text() for i, code in enumerate(WANTING)}
+    return {code: (folder/str(i)).read_text() for i, code in enumerate(codes)}
+
+
+def test_tuning_a_vit_needs_no_extra(said):
+    assert said[TUNE].split()[-1] == "cifar100", said[TUNE]
 
 
 @pytest.mark.parametrize("code, extra", WANTING.items())
