@@ -90,7 +90,7 @@ def test_every_row_that_a_profile_asks_for_has_its_place(profile):
 
 
 def test_the_reference_profile_has_every_row_of_ours():
-    blocks = resolved("reference")["tables"]["reference-davpt"]["blocks"]
+    blocks = resolved("reference")["tables"]["davpt"]["blocks"]
     for name in (*SERIES, "table_4", "table_7"):
         assert {s.variant for s in STUDIES[name]().steps} == set(blocks[name]["variants"]) | set(FLAT.get(name, {}).values()), name
 
