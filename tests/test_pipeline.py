@@ -845,7 +845,7 @@ def test_repro_interrupted_with_two_workers_records_what_had_finished(tiny, prep
 
 def test_a_second_repro_is_refused(prepared):
     process = start(prepared, "hierprompt", "repro")
-    wait_for(lambda: (prepared/".dvc/tmp/hierprompt.json").exists() and list((prepared/".cache").glob("dask/*")))
+    wait_for(lambda: json.loads((prepared/".dvc/tmp/hierprompt.json").read_text() or "{}").get("pid") == process.pid)
     second = pipeline(prepared, "repro", capture_output=True)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(30)
