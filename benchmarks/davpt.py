@@ -9,7 +9,7 @@ memory are reported too.
 """
 import timm
 import torch
-from engine import arguments, evaluate, measure, peak_memory, report, step
+from engine import arguments, evaluate, measure, peak_memory, remembering, report, step
 
 from hierprompt.engine.tuned import tune
 
@@ -36,7 +36,7 @@ def cases(args):
     torch.manual_seed(0)
     vit = timm.create_model("vit_base_patch16_224", num_classes=0).eval().requires_grad_(False).to(args.device)
     images, labels = torch.randn(args.batch, 3, 224, 224, device=args.device), torch.arange(args.batch, device=args.device) % 100
-    trained, fixed = models(vit, args.tokens), models(vit, args.tokens)      # training forgets remembered prompt keys: `fixed` never trains
+    trained, fixed = models(vit, args.tokens), models(vit, args.tokens)      # `fixed` never trains
     # any map costs the same: the first one, class i to prompt i mod M
     for name in list(trained)[1:]: trained[name].tuner.guidance.prepared = True
 
@@ -44,7 +44,7 @@ def cases(args):
         f"{name} training step": step(model, images, labels, torch.optim.AdamW(model.param_groups(1e-4, 0.01)))
         for name, model in trained.items()
     }
-    return steps | {f"{name} inference": evaluate(lambda model=fixed[name]: model(images)) for name in ("VPT-Deep", "DA-VPT", "DA-VPT+")}
+    return steps | {f"{name} inference": evaluate(remembering(fixed[name], images)) for name in ("VPT-Deep", "DA-VPT", "DA-VPT+")}
 
 
 def main():

@@ -8,7 +8,7 @@ On a CUDA device everything runs in bf16, and images per second and peak memory 
 import timm
 import torch
 import torch.nn.functional as F
-from engine import arguments, evaluate, measure, peak_memory, report
+from engine import arguments, evaluate, measure, peak_memory, remembering, report
 from timm.layers import drop_path
 
 from hierprompt.engine.tuned import tune
@@ -38,7 +38,7 @@ def cases(args):
     vit = timm.create_model("vit_base_patch16_224", num_classes=0).eval().requires_grad_(False).to(args.device)
     images = torch.randn(args.batch, 3, 224, 224, device=args.device)
     labels = torch.arange(args.batch, device=args.device) % 100
-    model, fixed = build(vit, args), build(vit, args)      # training forgets remembered prompt states: `fixed` never trains
+    model, fixed = build(vit, args), build(vit, args)      # `fixed` never trains
 
     def straightforward():
         features, matching = reference_forward(model.host, model.tuner, images, masks(model, images))
@@ -54,7 +54,7 @@ def cases(args):
     engine = lambda: model.loss(images, labels)
     return {
         "timm forward": evaluate(lambda: vit(images)),
-        "inference, engine": evaluate(lambda: fixed(images)),
+        "inference, engine": evaluate(remembering(fixed, images)),
         "inference, straightforward": evaluate(lambda: fixed.head(reference_forward(fixed.host, fixed.tuner, images)[0])),
         "training step, engine": train(engine, 0.0),
         "training step, straightforward": train(straightforward, 0.0),

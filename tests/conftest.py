@@ -1,4 +1,5 @@
 """Shared small backbones; the tests of this folder can import each other's helpers."""
+import gc
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,12 @@ FIRST = ("test_pipeline.py", "test_kernels.py")   # the longest files: a process
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
+def pytest_collection_finish():
+    "What is imported now stays; frozen, it is not searched for garbage again and again, which takes half a second each time."
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -690,7 +690,7 @@ def test_text_below_the_lowest_prompt_is_remembered_and_never_stale():
     x, model = batches()[0][0], adapt()
     firsts = []
     for l in range(4):     # block after block loses its prompts, in evaluation and in training
-        with torch.inference_mode(): remembered = model.eval()(x)
+        with torch.inference_mode(), model.remembered(): remembered = (model.eval()(x), model(x))[1]
         fresh = prune(adapt(), {"image": model.tuner.image.mask.clone(), "text": model.tuner.text.mask.clone()})
         with torch.no_grad():
             for ours, theirs in zip(towers(fresh).values(), towers(model).values()):

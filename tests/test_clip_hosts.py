@@ -131,13 +131,14 @@ class WatchingText(TextTuner):
 
 def test_every_block_is_open_clips(clip):
     "Invariant 1, block by block: what is shared between classes and what is not, side by side, are the full states."
-    found, wanted = {}, {}
+    found, wanted, handles = {}, {}, []
     for tower, where in ((clip.model.visual, "image"), (clip.model, "text")):
         for i, block in enumerate(tower.transformer.resblocks):
-            block.register_forward_hook(lambda m, x, y, key=(where, i): wanted.__setitem__(key, y))
+            handles.append(block.register_forward_hook(lambda m, x, y, key=(where, i): wanted.__setitem__(key, y)))
     images, ids = torch.randn(2, 3, 32, 32), clip.tokenizer(fill("a photo of a {}.", NAMES))
     with torch.no_grad():
         clip.model.encode_image(images), clip.model.encode_text(ids)
+        for handle in handles: handle.remove()
         for where, engine, inputs in (
             ("image", Engine(clip.image, Watching(clip.image)), images),
             ("text", Engine(clip.text, WatchingText(clip.text)), ClassPrompts(ids)),
@@ -145,8 +146,6 @@ def test_every_block_is_open_clips(clip):
             ctx = Context(all_tokens=where == "image")
             engine.eval().tokens(inputs, ctx)
             found.update({(where, i): z for i, z in ctx.reads.items()})
-    for tower in (clip.model.visual, clip.model):
-        for block in tower.transformer.resblocks: block._forward_hooks.clear()
     assert found.keys() == wanted.keys() and len(found) == 6
     for key, z in found.items():
         if key == ("text", 2): z, wanted[key] = z[:, 0], wanted[key][range(4), ids.argmax(1)]   # of the last block the end tokens alone
@@ -354,14 +353,18 @@ def test_blocks_below_the_first_prompt_run_once(late, clip, monkeypatch):
     expected = F.cross_entropy(clip.logit_scale * clip.encode_image(images) @ wanted.T, labels)
     gradient = torch.autograd.grad(expected, late.tuner.text.prompts)[0]
     late.train()
-    for _ in range(3):
-        loss = late.loss(images, labels)
-        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(torch.autograd.grad(loss, late.tuner.text.prompts)[0], gradient, rtol=1e-4, atol=1e-5)
-    late.eval().class_vectors()
-    assert run == [0, 1, 2] + 3 * [1, 2]
-    with torch.no_grad(): late(images), late(images), late.class_vectors()
-    assert run == [0, 1, 2] + 4 * [1, 2]
+    with late.remembered():
+        for _ in range(3):
+            loss = late.loss(images, labels)
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(torch.autograd.grad(loss, late.tuner.text.prompts)[0], gradient, rtol=1e-4, atol=1e-5)
+        late.eval().class_vectors()
+        assert run == [0, 1, 2] + 3 * [1, 2]
+        with torch.no_grad(): late(images), late(images), late.class_vectors()
+        assert run == [0, 1, 2] + 4 * [1, 2]
+    run.clear()
+    late.loss(images, labels)
+    assert run == [0, 1, 2]
 
 
 def test_class_vectors_are_never_stale(late, monkeypatch):
@@ -371,7 +374,7 @@ def test_class_vectors_are_never_stale(late, monkeypatch):
     prompts, run = late.tuner.text.prompts, counting(monkeypatch, late)
     with torch.no_grad():
         first = now()
-        assert now() is first and run == [0, 1, 2]
+        with late.remembered(): assert now() is now() and torch.equal(now(), first) and run == 2 * [0, 1, 2]
         prompts.mul_(2)
         assert torch.equal(now(), fresh()) and not torch.equal(now(), first)
     optimizer = torch.optim.SGD([prompts], 1.0)
@@ -394,10 +397,10 @@ def test_class_vectors_are_never_stale(late, monkeypatch):
         late.eval()
         assert torch.equal(now(), fresh())
     assert late.class_vectors().requires_grad     # never a remembered one where gradients are wanted
-    late._below = None, None
-    with torch.inference_mode(): inside = now()
-    assert torch.equal(inside, now())
-    now().sum().backward()                        # from blocks that an evaluation remembered
+    with late.remembered():
+        with torch.inference_mode(): inside = now()
+        assert torch.equal(inside, now())
+        now().sum().backward()                    # from blocks that an evaluation remembered
 
 
 # the model

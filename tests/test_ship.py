@@ -645,7 +645,7 @@ def test_macs_of_cached_inference():
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_remembered_states_are_never_stale(update, vit6, floats):
+def test_states_are_never_stale(update, vit6, floats):
     model = ship(vit6, floats, prompt_update=update)
     with torch.no_grad(): before = model.features(floats)
     for name in ("sip_prompts", "ssp_prompts", "ap_prompts", "prototypes"):
@@ -660,7 +660,7 @@ def test_remembered_states_are_never_stale(update, vit6, floats):
 def test_remembered_states_and_the_matching_loss_in_evaluation(p2ip_last, vit6, floats):
     "A pass that reads the last prompts follows one that does not."
     model = ship(vit6, floats, preset="released", p2ip_last=p2ip_last)
-    with torch.no_grad():
+    with torch.no_grad(), model.remembered():
         want = 0.5 * reference_forward(model.host, model.tuner, floats)[1]
         for labels in (None, LABELS, None, LABELS):
             ctx = Context(labels=labels)

@@ -207,6 +207,7 @@ def _check_label(file: Path, name: str) -> None:
     if label.get("name", name) == name: return
     raise ValueError(f"{file} holds the weights of {label['name']!r}, not of {name!r}")
 
+@torch.inference_mode(False)   # else its tensors could never train
 def load_backbone(name: str,                       # a timm name with its tag, or one of `OWN`
                   pretrained: bool = True,         # False: the architecture with initial weights from a fixed seed
                   file: str | Path | None = None,  # a local checkpoint; the tag says how its images are normalised

@@ -8,6 +8,7 @@ __all__ = ['ClassPrompts', 'fill', 'TextTuner', 'unit', 'text_state', 'text_feat
 # %% ../../nbs/clip/20_class_prompts.ipynb #79aa605c
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,9 +42,14 @@ def fill(template: str,   # with one {} where the name goes
 # %% ../../nbs/clip/20_class_prompts.ipynb #e47395aa
 class TextTuner(Tuner):
     "The identity tuner of a text tower."
+    @cached_property   # a replica of DataParallel has no parameters of its own to ask
+    def learns(self) -> bool:
+        "Whether anything in the text tower trains."
+        return any(True for _ in self.parameters())
+
     def first(self) -> int:
-        "The lowest block whose input depends on something that trains; what lies below is computed once."
-        return 0 if any(True for _ in self.parameters()) else self.depth
+        "The lowest block whose input depends on something that trains; what lies below can be computed once."
+        return 0 if self.learns else self.depth
 
     def words(self, host, prompts: ClassPrompts, ctx: Context) -> tuple[Tensor, Tensor]:
         "Word embeddings: (S, p, d) shared, (S * K, L - p, d) of the classes."
@@ -54,7 +60,7 @@ class TextTuner(Tuner):
         "Words with their positions; the pooling reads the end tokens."
         lead, own = self.words(host, prompts, ctx)
         p, places = lead.shape[1], host.positions[:lead.shape[1] + own.shape[1]]
-        ctx.rows = (prompts.ends - p).repeat(len(own) // prompts.num_classes)[:, None]
+        ctx.rows = (prompts.ends - p).repeat(own.shape[0] // prompts.num_classes)[:, None]
         return own + places[p:], [Segment(lead + places[:p], keep=True, attends=False, leads=True, name="lead")]
 
     def enter(self, i: int, z: Tensor, prompts: list[Segment], ctx: Context) -> list[Segment]:
@@ -82,4 +88,4 @@ def text_features(engine: Engine,         # of a text tower
     ctx.rows = rows
     z, segments = engine.run(range(start, engine.host.depth), z, segments, ctx)
     features = unit(engine.host.project(engine.tuner.pool(engine.host, z, segments)))
-    return features if len(features) == prompts.num_classes else features.unflatten(0, (-1, prompts.num_classes))
+    return features if features.shape[0] == prompts.num_classes else features.unflatten(0, (-1, prompts.num_classes))

@@ -6,7 +6,9 @@
 __all__ = ['PHOTO', 'CLIPTuner', 'distillation', 'PromptedCLIP', 'tune_clip']
 
 # %% ../../nbs/clip/60_prompted.ipynb #9ff30cc3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +41,7 @@ class CLIPTuner(Method):
         "The token ids that the text tower starts from; names that do not fit raise `ValueError`."
         return ClassPrompts(clip.tokenizer(fill(PHOTO, names)))
 
-    @property
+    @cached_property   # a replica of DataParallel has no parameters of its own to ask
     def image_is_frozen(self) -> bool:
         "Whether image features do not depend on anything that trains."
         return not any(True for _ in self.image.parameters())
@@ -50,7 +52,7 @@ class CLIPTuner(Method):
 
     def image_features(self, model, images: Tensor, ctx: Context) -> Tensor:
         "What the logits need of normalised images: (B, E), length 1."
-        return unit(model.clip.image.project(model.image_engine(images, ctx)))
+        return unit(model.clip.image.project(model.image_engine.features(images, ctx)))
 
     def class_vectors(self, model, ctx: Context) -> Tensor:
         "(B, K, E), where `text_sees_images`, for the features in `ctx.reads`."
@@ -86,12 +88,13 @@ class PromptedCLIP(Trainable):
         # a tuple: what they hold is registered above
         self._engines = Engine(clip.image, self.tuner.image), Engine(clip.text, self.tuner.text)
         self._set_statistics(clip.image.default_cfg["mean"], clip.image.default_cfg["std"])
-        self._below, self._text = (None, None), (None, None)   # (key, what was computed for it)
+        self.kept = None       # a dictionary while something may be remembered, see `remembered`
+        self.tuner.image_is_frozen, self.tuner.text.learns   # looked at once, while the parameters are there
         self.to(clip.device)
         self.eval()
 
-    image_engine = property(lambda self: self._engines[0], doc="Runs the image tower with the method's prompts.")
-    text_engine = property(lambda self: self._engines[1], doc="Runs the text tower with the method's prompts.")
+    image_engine = property(lambda self: self._engine(0, "image"), doc="Runs the image tower with the method's prompts.")
+    text_engine = property(lambda self: self._engine(1, "text"), doc="Runs the text tower with the method's prompts.")
     host = property(lambda self: self.clip.image, doc="The image tower.")
     device = property(lambda self: self.mean.device, doc="Where the model is.")
     num_classes = property(lambda self: len(self.class_names), doc="K.")
@@ -113,24 +116,36 @@ class PromptedCLIP(Trainable):
         return self.tuner.image_features(self, self.normalise(images), Context(training=self.training))
 
     def class_vectors(self, ctx: Context | None = None) -> Tensor:
-        "(K, E), or (S, K, E) with several contexts; length 1. Remembered in evaluation."
+        "(K, E), or (S, K, E) with several contexts; length 1. Computed once inside of `remembered`, in evaluation without gradients."
         if self.tuner.text_sees_images: return self.tuner.class_vectors(self, ctx)
-        remember = not (self.training or torch.is_grad_enabled())
-        key = self._state() if remember else None
-        if remember and self._text[0] == key: return self._text[1]
-        found = text_features(self.text_engine, self.tuner.prompts, ctx, self._start())
-        if remember: self._text = key, found
-        return found
+        encode = lambda: text_features(self.text_engine, self.tuner.prompts, ctx, self._start())
+        return encode() if self.training or torch.is_grad_enabled() else self.once("vectors", encode)
 
     def _start(self) -> tuple | None:
-        "The text tower's hidden states where the first prompt that trains enters, remembered for training too; None: at the words."
+        "The text tower's hidden states where the first prompt that trains enters, for training too; None: at the words."
         stop = self.tuner.text.first()
         if stop == 0: return None
-        key = (stop, *self._precision())
-        if self._below[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                self._below = key, text_state(self.text_engine, self.tuner.prompts, stop, Context())
-        return self._below[1]
+        return self.once(f"below {stop}", lambda: text_state(self.text_engine, self.tuner.prompts, stop, Context()))
+
+    def once(self, name: str, compute: Callable):
+        "What `compute` gives from frozen weights, without gradients: inside of `remembered` computed once a device and precision."
+        with nullcontext() if self.kept is None else torch.inference_mode(False), torch.no_grad():
+            if self.kept is None: return compute()
+            key = name, *self._precision()
+            if key not in self.kept: self.kept[key] = compute()
+            return self.kept[key]
+
+    def keepers(self) -> list:
+        "Whoever remembers something in `remembered`."
+        return [self, *self._engines]
+
+    def _engine(self, i: int, tower: str) -> Engine:
+        "One of the two engines; a new one where a module was exchanged, as in a replica of DataParallel."
+        engine, host, tuner = self._engines[i], getattr(self.clip, tower), getattr(self.tuner, tower)
+        if engine.host is host and engine.tuner is tuner: return engine
+        engine = Engine(host, tuner)
+        engine.training = self.training
+        return engine
 
     def _precision(self) -> tuple:
         "Device, and the type that autocast computes in."
@@ -138,10 +153,6 @@ class PromptedCLIP(Trainable):
         return self.device, (
             torch.get_autocast_dtype(kind) if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) else None
         )
-
-    def _state(self) -> tuple:
-        "Changes whenever class vectors may have changed."
-        return tuple((p.data_ptr(), p._version, p.shape) for p in self.trainable().values()), *self._precision()
 
     def head(self, features: Tensor) -> Tensor:
         "(B, K) logits of `features`."
@@ -180,11 +191,12 @@ class PromptedCLIP(Trainable):
     def train(self, mode: bool = True):
         "Training mode for the method; the frozen towers stay in evaluation mode."
         super().train(mode)
-        self._text = None, None
+        for key in [key for key in self.kept or () if key[0] == "vectors"]: del self.kept[key]
         for engine in self._engines: engine.train(mode)
         return self
 
 # %% ../../nbs/clip/60_prompted.ipynb #cfc50028
+@torch.inference_mode(False)   # else its tensors could never train
 def tune_clip(clip: CLIP,                    # see `load_clip`
               method: str,                   # one of `list_methods("clip")`
               class_names: Sequence[str],    # K names as sentences want them; underscores become blanks

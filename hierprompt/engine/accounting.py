@@ -35,7 +35,7 @@ def count_macs(model,            # a `TunedModel`, or a `PromptedCLIP`; left as 
     """Multiply-adds of one image in evaluation, once remembered prompt keys and class vectors are there; counted on shapes, nothing is
     computed."""
     shadow, image = _shadow(model), torch.empty(1, 3, image_size, image_size, device="meta")
-    with torch.no_grad():
+    with torch.no_grad(), shadow.remembered():
         shadow(image)
         with FlopCounterMode(display=False) as counter: shadow(image)
     return counter.get_total_flops() // 2

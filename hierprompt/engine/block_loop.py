@@ -7,16 +7,18 @@ __all__ = ['Segment', 'Context', 'causal', 'Method', 'Tuner', 'spread', 'join', 
            'Engine']
 
 # %% ../../nbs/engine/20_block_loop.ipynb #3d9deed3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from timm.layers import drop_path
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .hosts import BlockView
+from .hosts import BlockView, call, hooked
 
 # %% ../../nbs/engine/20_block_loop.ipynb #4da2aa0b
 @dataclass
@@ -46,6 +48,7 @@ class Context:
     rows: Tensor | None = None     # (B, r): the instance tokens that the pooling reads, in place of the host's leading ones
     leading: dict = field(default_factory=dict)   # length -> mask of a segment that leads; set by the engine, once a pass
     taps: dict = field(default_factory=dict)   # block -> its output (B, n, D), for a host that pools several blocks; set by the engine
+    blocks: list[BlockView] = field(default_factory=list)   # the host's, as they are in this pass; set by the engine
 
     def visible(self, num_keys: int) -> Tensor | None:
         "The attention mask over `num_keys` keys: the instance tokens' own, then prompts, which every query sees."
@@ -63,6 +66,10 @@ class Method(nn.Module):
     presets = {}          # name -> settings that differ from `Config`'s defaults; the first is the default preset
     prepared = True       # False: `prepare` has to look at training images before the model can be used
     needs_targets = False # True: the labels that `prepare` gets are what the model's loss takes; else (N,) class ids, or (N, C) bool
+
+    def __init__(self):
+        super().__init__()
+        self.register_load_state_dict_pre_hook(_make_room)
 
     def prepare(self, model, images: Tensor, labels: Tensor, draw: Callable) -> None:
         "What the method must look at before training; nothing by default. `draw(rows)`: training images `rows` as training would see them."
@@ -93,6 +100,11 @@ class Method(nn.Module):
     def after_epoch(self, epoch: int) -> None:
         "Called after every epoch."
 
+def _make_room(method: Method, state: Mapping, prefix: str, *_) -> None:
+    "Before `load_state_dict`: what training has found is in the state, see `Method.restore`."
+    own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if own: method.restore(own)
+
 class Tuner(Method):
     "The identity tuner of one tower, base of its methods; override the places you need."
     reads_tokens = False  # True: its pooling or its losses read every output token of the last block
@@ -122,13 +134,27 @@ class Tuner(Method):
         "The output `y` (B, n, out) of a linear map of block `i` for its input `x`; for `qkv`, `part` says which rows."
         return y
 
-    def bias(self, i: int, site: str) -> Tensor | None:
-        "What replaces the bias (out,) of a linear map of block `i`; None: nothing."
+    def weight(self, i: int, site: str, own: Tensor) -> Tensor | None:
+        "What replaces the weight (out, in) of a linear map of block `i`, which is `own`; None: nothing."
+        return None
+
+    def bias(self, i: int, site: str, own: Tensor | None) -> Tensor | None:
+        "What replaces the bias (out,) of a linear map of block `i`, which is `own`; None: nothing."
         return None
 
     def host_linear(self, i: int, block: BlockView, site: str, x: Tensor, part: str = "qkv") -> Tensor:
         "A linear map of the host with this tuner's changes; not for overriding."
-        return self.linear(i, site, x, block.linear(site, x, part, self.bias(i, site)), part)
+        weight, bias = (getattr(block.sites[site], kind, None) for kind in ("weight", "bias"))
+        y = block.linear(site, x, part, self.weight(i, site, weight), self.bias(i, site, bias))
+        return self.linear(i, site, x, y, part)
+
+    def norm(self, i: int, site: str, layer: nn.Module, x: Tensor) -> Tensor:
+        "A norm of block `i`, 'norm1' or 'norm2', of tokens `x` (.., D)."
+        return layer(x)
+
+    def final_norm(self, host, z: Tensor) -> Tensor:
+        "The norm behind the last block."
+        return host.norm(z)
 
     def mix(self, i: int, q: Tensor, k: Tensor, v: Tensor, prompts: list[tuple], ctx: Context) -> Tensor:
         """Attention (B, heads, m, d) of the queries `q` over the keys `k`, the values `v` and those of the segments in `prompts`: one
@@ -156,7 +182,7 @@ class Tuner(Method):
 
     def pool(self, host, z: Tensor, prompts: list[Segment]) -> Tensor:
         "Features (B, D) from the last block's output."
-        return host.pool(host.norm(z))
+        return host.pool(self.final_norm(host, z))
 
     def aux_loss(self, ctx: Context) -> Tensor | float:
         "The method's own losses, weighted; added to the classification loss."
@@ -167,7 +193,7 @@ def spread(x: Tensor,   # (S, ...): one entry for batch / S consecutive rows
            batch: int,
           ) -> Tensor:  # (batch, ...)
     "One entry a row; a single entry is not copied."
-    return x.expand(batch, *x.shape[1:]) if len(x) in (1, batch) else x.repeat_interleave(batch // len(x), 0)
+    return x.expand(batch, *x.shape[1:]) if x.shape[0] in (1, batch) else x.repeat_interleave(batch // x.shape[0], 0)
 
 def join(k: Tensor,       # (B, heads, n, d)
          v: Tensor,
@@ -175,7 +201,7 @@ def join(k: Tensor,       # (B, heads, n, d)
         ) -> tuple[Tensor, Tensor]:
     "Keys and values with those of the segments behind them."
     if not prompts: return k, v
-    return tuple(torch.cat([x, *(spread(p[side], len(x)) for p in prompts)], 2) for side, x in enumerate((k, v)))
+    return tuple(torch.cat([x, *(spread(p[side], x.shape[0]) for p in prompts)], 2) for side, x in enumerate((k, v)))
 
 def attention_map(q: Tensor,   # (B, heads, m, d)
                   k: Tensor,   # (B, heads, n, d)
@@ -198,11 +224,16 @@ class Engine(nn.Module):
     "Runs a host's blocks with a tuner's changes."
     def __init__(self, host, tuner: Tuner):
         super().__init__()
+        if tuner.trains_host(tuner.config): host.check_trainable()
         self.host, self.tuner = host, tuner
         self.drop_path = 0.0   # stochastic depth rate of the last block, growing linearly from 0; active in training only
-        self._cache = {}
+        self.kept = None       # a dictionary while something may be remembered, see `TunedModel.remembered`
 
     def forward(self, images: Tensor, ctx: Context) -> Tensor:
+        "As `features`."
+        return self.features(images, ctx)
+
+    def features(self, images: Tensor, ctx: Context) -> Tensor:
         "Pooled features (B, D) of normalised images (B, 3, H, W)."
         z, prompts = self.tokens(images, ctx)
         ctx.features = self.host.combine(ctx.taps) if self.host.taps else self.tuner.pool(self.host, z, prompts)
@@ -216,9 +247,11 @@ class Engine(nn.Module):
         "Some consecutive blocks, from what enters the first of them to what leaves the last."
         ctx.num_instance = z.shape[1]
         if self.host.causal: ctx.mask = causal(z.shape[1], z.device)
+        ctx.blocks, again = self.host.blocks, self.host.checkpoints and torch.is_grad_enabled()
+        step = partial(checkpoint, self.block, use_reentrant=False) if again else self.block
         for i in blocks:
             prompts = self.tuner.enter(i, z, prompts, ctx)
-            z, prompts = self.block(i, self.host.blocks[i], z, prompts, ctx)
+            z, prompts = step(i, ctx.blocks[i], z, prompts, ctx)
             if i in self.host.taps: ctx.taps[i] = z
             prompts = self.tuner.leave(i, z, prompts, ctx)
         return z, prompts
@@ -228,25 +261,40 @@ class Engine(nn.Module):
 
         `ctx.watch(i, block, q, k, extra, prompts)` sees the queries of what is read, the keys of instance tokens and kept prompts,
         and (keys, values) of the others."""
-        joined = [s for s in prompts if s.keep and s.attends]
-        masks, read = self.masks(i, z), self.num_read(i, z.shape[1], ctx)
-        x = torch.cat([z] + [spread(s.tokens, len(z)) for s in joined], 1) if joined else z
-        h = block.norm1(x)
-        if read == z.shape[1]: q, k, v = block.heads(self.tuner.host_linear(i, block, "qkv", h))
+        n, joined = z.shape[1], [s for s in prompts if s.keep and s.attends]
+        x, outs = torch.cat([z] + [spread(s.tokens, z.shape[0]) for s in joined], 1) if joined else z, {}
+        x = call(block.block, lambda x: self.inside(i, block, x, n, prompts, outs, ctx), x)
+        lengths = [s.tokens.shape[1] for s in joined]
+        z, *rest = x.split([x.shape[1] - sum(lengths), *lengths], 1)
+        rest, rows = iter(rest), outs.pop("rows", None)
+        prompts = [replace(s, tokens=outs[j] if j in outs else next(rest)) for j, s in enumerate(prompts) if s.keep]
+        return z if rows is None else take(z, rows), prompts
+
+    def inside(self, i: int, block: BlockView, x: Tensor, n: int, prompts: list[Segment], outs: dict, ctx: Context) -> Tensor:
+        """What a block does to `n` instance tokens and the prompts that attend, `x`; `outs` gets what becomes of other kept prompts, and
+        `rows`, where all tokens are computed and not all are read."""
+        masks, h = self.masks(i, x), self.tuner.norm(i, "norm1", block.norm1, x)
+        if not hooked(block.attn): x, y = self.attend(i, block, x, h, n, prompts, masks, outs, ctx)
+        else: y = call(block.attn, lambda h: self.attend(i, block, x, h, n, prompts, masks, outs, ctx)[1], h)
+        return self.feed(i, block, x, y, masks)
+
+    def attend(self, i: int, block: BlockView, x: Tensor, h: Tensor, n: int, prompts: list[Segment], masks: dict[str, Tensor],
+               outs: dict, ctx: Context) -> tuple[Tensor, Tensor]:
+        "Of `x`, and of `h`, normalised, the tokens that are read (all where hooks watch), and what attention adds to them."
+        read = self.num_read(i, n, ctx)
+        if read == n or block.is_watched: q, k, v = block.heads(self.tuner.host_linear(i, block, "qkv", h))
         else: q, (k, v) = None, block.heads(self.tuner.host_linear(i, block, "qkv", h, "kv"))
-        k = block.k_norm(k)
-        aside, extra = {}, []
+        k, extra = block.k_norm(k), []
         for j, s in enumerate(prompts):
             if s.keep and s.attends: continue
-            aside[j] = self.aside(i, block, j, s, k.dtype, masks, extra, ctx)
-            extra.append(aside[j][:2])
+            *pair, out = self.aside(i, block, j, s, k.dtype, masks, extra, ctx)
+            extra.append(tuple(pair))
+            if s.keep: outs[j] = out
         if q is None: x, q, ctx = self.choose(i, block, x, h, k, read, extra, ctx)
         else: q = block.q_norm(q)
+        if block.is_watched and read < n: outs["rows"] = self.rows(i, q, k, read, extra, ctx)
         if ctx.watch: ctx.watch(i, block, q, k, extra, prompts)
-        x = self.feed(i, block, x, block.merge_heads(self.tuner.mix(i, q, k, v, extra, ctx)), masks)
-        z, *outs = x.split([x.shape[1] - sum(s.tokens.shape[1] for s in joined)] + [s.tokens.shape[1] for s in joined], 1)
-        outs = iter(outs)
-        return z, [replace(s, tokens=aside[j][2] if j in aside else next(outs)) for j, s in enumerate(prompts) if s.keep]
+        return x, self.project(i, block, block.merge_heads(self.tuner.mix(i, q, k, v, extra, ctx)))
 
     def choose(self, i: int, block: BlockView, x: Tensor, h: Tensor, k: Tensor, read: int, extra: list[tuple], ctx: Context):
         """Of `x` (and of `h`, normalised) the tokens that are read, with their queries and what these see: `ctx.rows`, or the leading
@@ -260,15 +308,31 @@ class Engine(nn.Module):
         if not rest[0].shape[1]: return x[:, :read], q, ctx
         return torch.cat([x[:, :read], rest[0]], 1), torch.cat([q, self.queries(i, block, rest[1])], 2), ctx
 
+    def rows(self, i: int, q: Tensor, k: Tensor, read: int, extra: list[tuple], ctx: Context) -> Tensor:
+        "The tokens (B, r) that `choose` would have chosen, where all queries are there."
+        if ctx.rows is not None: return ctx.rows
+        first = torch.arange(read, device=q.device).expand(q.shape[0], read)
+        further = self.tuner.further(i, q[:, :, :read], k, extra, ctx)
+        return first if further is None else torch.cat([first, further], 1)
+
     def queries(self, i: int, block: BlockView, h: Tensor) -> Tensor:
         "Queries (B, heads, n, d) of normalised tokens."
         return block.q_norm(block.heads(self.tuner.host_linear(i, block, "qkv", h, "q"))[0])
 
-    def feed(self, i: int, block: BlockView, x: Tensor, o: Tensor | None, masks: dict[str, Tensor]) -> Tensor:
-        "Output projection of `o` (None: no attention branch), first residual, MLP, second residual; for the tokens `x` that are read."
-        if o is not None: x = self.add(i, "attn", x, block.ls1(block.after["proj"](self.tuner.host_linear(i, block, "proj", o))), masks)
-        y = block.between(self.tuner.host_linear(i, block, "fc1", block.norm2(x)))
-        return self.add(i, "mlp", x, block.ls2(block.after["fc2"](self.tuner.host_linear(i, block, "fc2", y))), masks)
+    def project(self, i: int, block: BlockView, o: Tensor) -> Tensor:
+        "The output projection of attention."
+        return block.after["proj"](self.tuner.host_linear(i, block, "proj", o))
+
+    def mlp(self, i: int, block: BlockView, h: Tensor) -> Tensor:
+        "The MLP of normalised tokens."
+        y = block.between(self.tuner.host_linear(i, block, "fc1", h))
+        return block.after["fc2"](self.tuner.host_linear(i, block, "fc2", y))
+
+    def feed(self, i: int, block: BlockView, x: Tensor, y: Tensor | None, masks: dict[str, Tensor]) -> Tensor:
+        "First residual with `y`, what attention adds (None: nothing), MLP, second residual; for the tokens `x` that are read."
+        if y is not None: x = self.add(i, "attn", x, block.ls1(y), masks)
+        y = call(block.mlp, partial(self.mlp, i, block), self.tuner.norm(i, "norm2", block.norm2, x))
+        return self.add(i, "mlp", x, block.ls2(y), masks)
 
     def add(self, i: int, site: str, x: Tensor, y: Tensor, masks: dict[str, Tensor]) -> Tensor:
         "The residual stream with a branch's result, dropped where the mask says so."
@@ -282,7 +346,7 @@ class Engine(nn.Module):
     def masks(self, i: int, z: Tensor) -> dict[str, Tensor]:
         "Stochastic depth of both branches (B, 1, 1), linear in the block's index as in timm; empty where nothing is dropped."
         rate = self.drop_path * i / max(self.host.depth - 1, 1) if self.training else 0.0
-        return {site: drop_path(z.new_ones(len(z), 1, 1), rate, True) for site in ("attn", "mlp")} if rate else {}
+        return {site: drop_path(z.new_ones(z.shape[0], 1, 1), rate, True) for site in ("attn", "mlp")} if rate else {}
 
     def aside(
         self,
@@ -297,17 +361,18 @@ class Engine(nn.Module):
     ) -> tuple:
         """Keys, values (1, S or B, heads, m, d) and, if it is kept, the output of a segment that does not attend to the instance tokens.
 
-        Remembered in evaluation when they cannot change. A segment that leads sees the (keys, values) of those `before` it."""
-        cached = segment.static and not self.training and not torch.is_grad_enabled()
-        state = self._state(segment, dtype) if cached else None
-        if cached and self._cache.get((i, j), (None,))[0] == state: return self._cache[i, j][1]
-        h = segment.tokens if segment.normed else block.norm1(segment.tokens)
+        While `kept` is there, those of a static segment are computed once, in evaluation without gradients. A segment that leads sees
+        the (keys, values) of those `before` it."""
+        remembers = self.kept is not None and segment.static and not self.training and not torch.is_grad_enabled()
+        key = i, j, segment.keep, segment.tokens.shape, segment.tokens.device, dtype
+        if remembers and key in self.kept: return self.kept[key]
+        h = segment.tokens if segment.normed else self.tuner.norm(i, "norm1", block.norm1, segment.tokens)
         k, v = block.heads(self.tuner.host_linear(i, block, "qkv", h, "kv"))
         k, out = block.k_norm(k), None
         if segment.keep:
             o = self.lead(i, block, h, k, v, before, ctx) if segment.leads else self.tuner.unattended(i, h)
-            out = self.feed(i, block, segment.tokens, o, masks)
-        if cached: self._cache[i, j] = state, (k, v, out)
+            out = self.feed(i, block, segment.tokens, None if o is None else self.project(i, block, o), masks)
+        if remembers: self.kept[key] = k, v, out
         return k, v, out
 
     def lead(self, i: int, block: BlockView, h: Tensor, k: Tensor, v: Tensor, before: list[tuple], ctx: Context) -> Tensor:
@@ -317,14 +382,9 @@ class Engine(nn.Module):
         ctx = replace(ctx, mask=ctx.leading[n], rows=None, num_instance=n)
         return block.merge_heads(self.tuner.mix(i, self.queries(i, block, h), k, v, before, ctx))
 
-    def _state(self, segment: Segment, dtype: torch.dtype) -> tuple:
-        "Changes whenever a trainable tensor, the device or the precision changes: then remembered keys are stale."
-        versions = tuple((p.data_ptr(), p._version) for p in self.tuner.trainable(self.host).values())
-        return versions, segment.tokens.shape, segment.tokens.device, segment.keep, dtype
-
     def train(self, mode: bool = True):
         "Training forgets the remembered keys and values; a frozen host stays in evaluation mode (VPT's choice, baselines spec 3.9)."
-        self._cache.clear()
+        if self.kept is not None: self.kept.clear()
         super().train(mode)
         self.host.train(mode and self.tuner.trains_host(self.tuner.config))
         return self

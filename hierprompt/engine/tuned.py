@@ -7,7 +7,8 @@ __all__ = ['class_config', 'method_config', 'Trainable', 'TunedModel', 'make_hea
 
 # %% ../../nbs/engine/40_tuned.ipynb #5fb927a6
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +41,7 @@ def method_config(method: str,         # one of `list_methods()`
 # %% ../../nbs/engine/40_tuned.ipynb #436356b5
 class Trainable(nn.Module):
     """What training and saving need of any model: `method`, `config`, `tuner`, `trainable()`, `losses`, `losses_from_features`,
-    `features`, `head`, `arguments()`, `backbone_sha256()`, `made_again`."""
+    `features`, `head`, `arguments()`, `backbone_sha256()`, `made_again`, `keepers()`."""
     def _set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
         "Remembers mean and std of RGB in 0..1, for `normalise`."
         for name, value in zip(("mean", "std"), (mean, std)):
@@ -64,6 +65,19 @@ class Trainable(nn.Module):
     def loss(self, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         "What training minimises: the sum of `losses`."
         return sum(self.losses(images, labels, label_smoothing))
+
+    @contextmanager
+    def remembered(self) -> Iterator[None]:
+        """Inside, what depends on weights alone is computed once: keys and values of prompts and class vectors in evaluation without
+        gradients, what frozen towers make of words also in training.
+
+        It is a promise that weights change inside by training in training mode only; outside of it nothing is remembered. `fit` and
+        `evaluate` give it."""
+        keepers = [keeper for keeper in self.keepers() if keeper.kept is None]
+        for keeper in keepers: keeper.kept = {}
+        try: yield
+        finally:
+            for keeper in keepers: keeper.kept = None
 
     def prepare(self, images: Tensor, labels: Tensor, draw: Callable | None = None) -> None:
         """Lets the method look at training images (N, 3, H, W) and labels (N,); `draw(rows)`: some of them as training sees them, None:
@@ -147,7 +161,7 @@ class TunedModel(Trainable):
         "(B, n, D): all output tokens after the final norm, class token first."
         self._check_prepared()
         z, _ = self.engine.tokens(self.normalise(images), Context(training=self.training, all_tokens=True))
-        return self.host.norm(z)
+        return self.tuner.final_norm(self.host, z)
 
     def losses(self, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         "Cross-entropy, and the sum of the method's own weighted losses; two scalars."
@@ -169,6 +183,10 @@ class TunedModel(Trainable):
     def features_are_constant(self) -> bool:
         "True when nothing before the classifier trains: then features need computing only once."
         return self.tuner.prepared and not self.tuner.trainable(self.host) and self.drop_path == 0
+
+    def keepers(self) -> list:
+        "Whoever remembers something in `remembered`."
+        return [self.engine]
 
     def arguments(self) -> dict:
         "What `tune` was given besides the method's settings, as plain data."
@@ -209,6 +227,7 @@ def _statistics(host, normalize: str) -> tuple:
     return lookup(NORMALIZE, normalize, "normalisation")
 
 # %% ../../nbs/engine/40_tuned.ipynb #de22639a
+@torch.inference_mode(False)   # else its tensors could never train
 def tune(vit,                           # a timm `VisionTransformer`, see `load_backbone`
          method: str = "vpt_deep",      # one of `list_methods()`
          num_classes: int = None,       # number of classes of the new linear classifier

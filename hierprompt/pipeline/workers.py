@@ -116,6 +116,10 @@ DASK = {
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": False,
     "distributed.comm.timeouts.connect": "60s",
+    "distributed.worker.profile.enabled": False,              # what watches a worker every few milliseconds competes with training
+    "distributed.admin.system-monitor.gil.enabled": False,
+    "distributed.admin.system-monitor.interval": "5s",
+    "distributed.admin.tick.interval": "500ms",
     "distributed.admin.log-format": "%(message)s",
     "logging.distributed": "critical",
 }

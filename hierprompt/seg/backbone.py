@@ -106,7 +106,7 @@ class SegHost(TimmViT):
         vit, prefix = self.vit, _prefix(self.vit)
         x = vit.patch_embed.norm(vit.patch_embed.proj(self.pad(images)).flatten(2).transpose(1, 2))
         positions = resize_positions(vit.pos_embed, prefix, vit.patch_embed.grid_size, self.grid(images), self.interpolation)
-        first = [t.expand(len(x), -1, -1) for t in (vit.cls_token, vit.reg_token) if t is not None]
+        first = [t.expand(x.shape[0], -1, -1) for t in (vit.cls_token, vit.reg_token) if t is not None]
         x = torch.cat([*first, x], 1) + positions if prefix else torch.cat([*first, x + positions], 1)
         return vit.norm_pre(vit.pos_drop(x))
 
@@ -194,9 +194,9 @@ class PromptedViT(BaseModule):
         if not self.tuner.prepared: raise RuntimeError(f"{self.method} has to look at training pictures first: see `prepare`")
         ctx = Context(labels=labels if self.training else None, training=self.training)
         z, _ = self.engine.tokens(images, ctx)
-        ctx.features, self.pass_ = self.host.pool(self.host.norm(z)), ctx if self.training else None
+        ctx.features, self.pass_ = self.host.pool(self.tuner.final_norm(self.host, z)), ctx if self.training else None
         grid = self.host.grid(images)
-        return tuple(self.host.norm(ctx.taps[i])[:, -math.prod(grid):].transpose(1, 2).unflatten(2, grid) for i in self.host.taps)
+        return tuple(self.tuner.final_norm(self.host, ctx.taps[i])[:, -math.prod(grid):].transpose(1, 2).unflatten(2, grid) for i in self.host.taps)
 
     def aux_loss(self) -> Tensor | float:
         "What the method adds to the loss of the last training pass, weighted; asked once a pass."

@@ -88,7 +88,6 @@ def put(model: PromptedEncoderDecoder,
     if faults: raise ValueError(f"{source} does not fit the model: they differ in {', '.join(faults[:5])}")
     with torch.no_grad():
         for name, t in tensors.items(): wanted[name].copy_(t)
-    model.train(model.training)   # forgets what was remembered of other weights
 
 # %% ../../nbs/seg/70_loop.ipynb #5709ee23
 class LossHook(Hook):

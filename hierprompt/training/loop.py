@@ -53,7 +53,7 @@ def _evaluating(model, precision: str) -> Iterator[None]:
     "Evaluation mode without gradients; the mode before is restored."
     was_training = model.training
     model.eval()
-    with torch.inference_mode(), autocast(model.device, precision): yield
+    with torch.inference_mode(), autocast(model.device, precision), model.remembered(): yield
     model.train(was_training)
 
 # %% ../../nbs/training/30_loop.ipynb #d2fcfe5c
@@ -342,7 +342,7 @@ def fit_splits(model, splits: dict[str, Split], recipe: Recipe, seed: int, devic
     _prepare(model, splits["train"], recipe, seed)
     trainer, prepared = Trainer(model, _resident(model, splits, "train", recipe, memo), recipe, seed), time.perf_counter() - start
     data = {name: _resident(model, splits, name, recipe, memo) for name in splits}
-    with seeded(seed, "dropout", model.device): rows, updating = _epochs(trainer, data, progress)
+    with seeded(seed, "dropout", model.device), model.remembered(): rows, updating = _epochs(trainer, data, progress)
     model.eval()
     seconds = prepared + updating
     return History(rows, model.method, recipe, seed, str(model.device), seconds, time.perf_counter() - start,

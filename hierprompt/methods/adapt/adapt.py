@@ -127,7 +127,6 @@ class Adapt(CLIPTuner):
         image, text = (start_tokens(config, host.depth, host.dim, clip.image.patch_size, rng) for host in (clip.image, clip.text))
         self.image, self.text = ImagePrompts(clip.image, config, image), TextPrompts(clip.text, config, text)
         self.pruning = Pruning({"image": self.image, "text": self.text}, config, (torch if rng is None else rng).initial_seed())
-        self.register_load_state_dict_pre_hook(_make_room)
 
     def make_prompts(self, clip: CLIP, names: Sequence[str]) -> ClassPrompts:
         return ClassPrompts(clip.tokenizer(fill(PHOTO if self.config.template == "photo" else self.templates["zero_shot"], names)))
@@ -150,7 +149,3 @@ class Adapt(CLIPTuner):
     def diagnostics(self, model, images: Tensor) -> dict:
         "When which token went: `schedule`, `history`, `masks`, `removed`; blocks and positions from 0, updates from 1."
         return self.pruning.diagnostics()
-
-def _make_room(adapt: Adapt, state: dict, prefix: str, *_) -> None:
-    "Before `load_state_dict`."
-    adapt.restore({key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)})

@@ -61,7 +61,7 @@ class CoCoOp(CoOp):
     def class_vectors(self, model, ctx: Context) -> Tensor:
         "(B, K, E): those that each image sees; without gradients a few images at a time."
         images, names = ctx.reads["image"], self.prompts.num_classes
-        parts = images.split(len(images) if torch.is_grad_enabled() else max(SEQUENCES // names, 1))
+        parts = images.split(images.shape[0] if torch.is_grad_enabled() else max(SEQUENCES // names, 1))
         found = [text_features(model.text_engine, self.prompts, replace(ctx, reads={**ctx.reads, "image": part})) for part in parts]
         return torch.cat([vectors.view(-1, names, vectors.shape[-1]) for vectors in found])
 

@@ -45,7 +45,7 @@ def place_shared(words: tuple[Tensor, Tensor],   # (1, p, d) shared by all class
                  start: int = 1,                 # their first position; 0 is the start token
                 ) -> tuple[Tensor, Tensor]:      # (S, p, d), (S * K, L - p, d)
     "Learnt words that all classes share take the places of fillers."
-    lead, own = words[0].expand(len(ctx), -1, -1), words[1].expand(len(ctx), *words[1].shape)
+    lead, own = words[0].expand(ctx.shape[0], -1, -1), words[1].expand(ctx.shape[0], *words[1].shape)
     return torch.cat([lead[:, :start], ctx, lead[:, start + ctx.shape[1]:]], 1), own.flatten(0, 1)
 
 def place_own(words: tuple[Tensor, Tensor],
@@ -66,8 +66,6 @@ class LearntWords(TextTuner):
     def words(self, host, prompts: ClassPrompts, ctx: Context) -> tuple[Tensor, Tensor]:
         words = super().words(host, prompts, ctx)
         return place_shared(words, self.ctx[None], self.start) if self.ctx.ndim == 2 else place_own(words, self.ctx, self.start)
-
-
 
 # %% ../../../nbs/methods/clip/20_coop.ipynb #5e62f4cd
 @dataclass

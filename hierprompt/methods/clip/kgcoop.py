@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...clip.class_prompts import fill
+from ...clip.class_prompts import ClassPrompts, fill
 from ...clip.model import CLIP
-from ...engine.block_loop import Context
+from ...engine.block_loop import Context, full_precision
 from .coop import CoOp, CoOpConfig
 
 # %% ../../../nbs/methods/clip/40_kgcoop.ipynb #8128dc4f
@@ -44,8 +44,12 @@ class KgCoOp(CoOp):
     ):
         super().__init__(clip, names, config, rng, templates)
         template = self.templates.get("kgcoop", self.templates["zero_shot"])
-        self.register_buffer("teacher", clip.encode_text(fill(template, names)), persistent=False)   # (K, E)
+        self.sentences = ClassPrompts(clip.tokenizer(fill(template, names)))
+
+    def teacher(self, model) -> Tensor:
+        "(K, E): the frozen tower's class vectors, computed once inside of `remembered`."
+        with full_precision(self.sentences.ids): return model.once("teacher", lambda: model.clip.encode_text(self.sentences))
 
     def aux_loss(self, model, ctx: Context) -> Tensor:
         "weight * (1 - mean cosine of the class vectors and the teacher's)."
-        return self.config.weight * (1 - F.cosine_similarity(ctx.reads["text"], self.teacher, dim=-1).mean())
+        return self.config.weight * (1 - F.cosine_similarity(ctx.reads["text"], self.teacher(model), dim=-1).mean())

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...clip.class_prompts import ClassPrompts
 from ...clip.model import CLIP
 from ...clip.prompted import CLIPTuner, distillation
-from ...engine.block_loop import Context
+from ...engine.block_loop import Context, full_precision
 from .coop import LearntWords, sentences
 
 # %% ../../../nbs/methods/clip/60_lamm.ipynb #fb7b575e
@@ -62,7 +62,11 @@ class LAMM(CLIPTuner):
         original = clip.text.words(self.prompts.ids[:, start:start + length].to(clip.device)).detach()
         self.text = LearntWords(clip.text, original.clone(), start)                                    # V: (K, m, d)
         self.register_buffer("original", original, persistent=False)                                   # V_0
-        self.register_buffer("teacher", clip.encode_text(sentences(config.ctx_init, names)), persistent=False)   # (K, E)
+        self.sentences = ClassPrompts(clip.tokenizer(sentences(config.ctx_init, names)))
+
+    def teacher(self, model) -> Tensor:
+        "(K, E): the frozen tower's class vectors, computed once inside of `remembered`."
+        with full_precision(self.sentences.ids): return model.once("teacher", lambda: model.clip.encode_text(self.sentences))
 
     def name_at(self, clip: CLIP) -> int:
         "The position of the names' first token."
@@ -73,9 +77,10 @@ class LAMM(CLIPTuner):
 
     def hierarchical(self, model, ctx: Context) -> dict[str, Tensor]:
         "Losses of parameters, features and logits, not weighted."
-        kept = F.cosine_similarity(ctx.reads["text"], self.teacher, dim=-1)[ctx.labels]        # (B,)
+        vectors = self.teacher(model)
+        kept = F.cosine_similarity(ctx.reads["text"], vectors, dim=-1)[ctx.labels]             # (B,)
         others = (ctx.labels[:, None] != ctx.labels).any(1)                                    # (B,): another label occurs in the batch
-        teacher = model.clip.similarity(ctx.reads["image"], self.teacher)
+        teacher = model.clip.similarity(ctx.reads["image"], vectors)
         return {"parameters": (self.text.ctx - self.original).square().sum(),
                 "features": ((1 - kept) * others).sum() / others.sum().clamp(min=1),
                 "logits": distillation(ctx.reads["logits"], teacher, self.config.temperature)}

@@ -61,13 +61,8 @@ class CoupledTokens(AppendedTokens):
         self.reach = text.config.depth
         first, later = nn.Linear(text.dim, host.dim), nn.Linear(text.dim, host.dim)   # the later ones start equal (Adapt spec 2.6)
         self.couplers = nn.ModuleList([first, *(copy.deepcopy(later) for _ in range(self.reach - 1))])
-        self._text = (text,)   # a tuple: its words are the text tuner's parameters, not this one's
 
-    def own(self, i: int) -> Tensor: return self.couplers[i](self._text[0].prompts[i:i + 1])
-
-    def trainable(self, host) -> dict[str, nn.Parameter]:
-        "What the tokens depend on: remembered keys are stale when a word changes, too."
-        return super().trainable(host) | self._text[0].trainable(host)
+    def own(self, i: int, ctx: Context) -> Tensor: return self.couplers[i](ctx.reads["words"][i:i + 1])
 
 class MaPLe(CLIPTuner):
     "Learnt words of \"a photo of a {}.\" and tokens coupled to them."
@@ -85,3 +80,8 @@ class MaPLe(CLIPTuner):
         check_depth(config.depth, min(clip.image.depth, clip.text.depth))
         self.text = LearntWords(clip.text, config, self.prompts, rng)
         self.image = CoupledTokens(clip.image, self.text)
+
+    def image_features(self, model, images: Tensor, ctx: Context) -> Tensor:
+        "(B, E), of images with the tokens that follow from the words."
+        ctx.reads["words"] = self.text.prompts
+        return super().image_features(model, images, ctx)

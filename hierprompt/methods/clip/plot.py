@@ -38,20 +38,23 @@ def sinkhorn(cost: Tensor,          # (..., M, N)
              eps: float,
              max_iterations: int = 100,
              tolerance: float = 0.01,
-             check: int | None = None,  # iterations between looks at whether to stop, 1 on a CPU, 10 elsewhere; changes no number
+             check: int | None = None,  # iterations between looks at whether to stop, 1 on a CPU, 10 elsewhere, none in an exported graph
             ) -> Tensor:            # (..., M, N): the plan; its columns sum to 1 / N, its rows nearly to 1 / M
-    "Entropic transport between uniform weights; stops for all problems when the mean change of their row scalings is below `tolerance`."
-    check = check or {"cpu": 1, "meta": max_iterations}.get(cost.device.type, 10)
+    """Entropic transport between uniform weights; stops for all problems when the mean change of their row scalings is below `tolerance`.
+
+    `check` changes no number."""
+    looks = not (torch.compiler.is_exporting() or torch.jit.is_tracing() or cost.is_meta)
+    check = check or ({"cpu": 1}.get(cost.device.type, 10) if looks else max_iterations)
     kernel = (-cost / eps).exp()
     r, c = kernel.new_ones(*kernel.shape[:-1], 1), kernel.new_ones(*kernel.shape[:-2], kernel.shape[-1], 1)
     going = torch.ones((), dtype=torch.bool, device=cost.device)
     for i in range(max_iterations):
         if i and i % check == 0 and not going: break        # the only place that waits for the device
         new = 1 / (r.shape[-2] * (kernel @ c))
-        c = torch.where(going, 1 / (c.shape[-2] * (kernel.mT @ new)), c)
+        c = torch.where(going, 1 / (c.shape[-2] * (kernel.transpose(-1, -2) @ new)), c)
         r, change = torch.where(going, new, r), (new - r).abs().mean()
         going = going & (change >= tolerance)
-    return r * kernel * c.mT
+    return r * kernel * c.transpose(-1, -2)
 
 # %% ../../../nbs/methods/clip/90_plot.ipynb #fa21beca
 class ContextSets(TextTuner):

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...clip.class_prompts import fill
+from ...clip.class_prompts import ClassPrompts, fill
 from ...clip.model import CLIP
 from ...clip.prompted import PHOTO, distillation
-from ...engine.block_loop import Context
+from ...engine.block_loop import Context, full_precision
 from .coop import CoOp, fillers, word_vectors
 
 # %% ../../../nbs/methods/clip/50_prograd.ipynb #60d209b6
@@ -54,8 +54,12 @@ class ProGrad(CoOp):
         templates: Mapping[str, str] | None = None,
     ):
         super().__init__(clip, names, config, rng, templates)
-        self.register_buffer("teacher", clip.encode_text(fill(self.template, names)), persistent=False)   # (K, E)
+        self.sentences = ClassPrompts(clip.tokenizer(fill(self.template, names)))
         self.aligned = None   # dL_kl / dctx of the last batch
+
+    def teacher(self, model) -> Tensor:
+        "(K, E): the frozen tower's class vectors, computed once inside of `remembered`."
+        with full_precision(self.sentences.ids): return model.once("teacher", lambda: model.clip.encode_text(self.sentences))
 
     @property
     def template(self) -> str:
@@ -85,7 +89,7 @@ class ProGrad(CoOp):
         "Nothing to minimise: leaves the gradient of the distillation for `before_step`."
         logits = ctx.reads["logits"]
         if logits.requires_grad:
-            teacher = model.clip.similarity(ctx.reads["image"], self.teacher)
+            teacher = model.clip.similarity(ctx.reads["image"], self.teacher(model))
             self.aligned, = torch.autograd.grad(distillation(logits, teacher, self.config.temperature), self.text.ctx, retain_graph=True)
         return 0.0
 

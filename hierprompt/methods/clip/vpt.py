@@ -21,7 +21,7 @@ class AppendedTokens(Tuner):
     "Tokens behind the image's own: each of the first `reach` blocks has its `own`, afterwards the last ones travel on."
     reach = 1
 
-    def own(self, i: int) -> Tensor:  # (1, p, D)
+    def own(self, i: int, ctx: Context) -> Tensor:  # (1, p, D)
         "The tokens of block `i`."
         raise NotImplementedError("a subclass says what its tokens are")
 
@@ -31,12 +31,12 @@ class AppendedTokens(Tuner):
 
     def embed(self, host, images: Tensor, ctx: Context) -> tuple[Tensor, list[Segment]]:
         "The first block's tokens join before CLIP's first norm, and pass it (Adapt spec 2.4)."
-        return host.embed(images), [Segment(host.norm_pre(self.own(0)), keep=self.is_read(0), static=True)]
+        return host.embed(images), [Segment(host.norm_pre(self.own(0, ctx)), keep=self.is_read(0), static=True)]
 
     def enter(self, i: int, z: Tensor, prompts: list[Segment], ctx: Context) -> list[Segment]:
         "The block's own tokens in place of what came out of the block before, or just that."
         if i == 0: return prompts
-        if i < self.reach: return [Segment(self.own(i), keep=self.is_read(i), static=True)]
+        if i < self.reach: return [Segment(self.own(i, ctx), keep=self.is_read(i), static=True)]
         return [replace(s, keep=self.is_read(i), static=False) for s in prompts]
 
 # %% ../../../nbs/methods/clip/70_vpt.ipynb #d4dd812b
@@ -60,7 +60,7 @@ class VisualTokens(AppendedTokens):
         self.reach = check_depth(host.depth if config.depth is None else config.depth, host.depth)
         self.prompts = nn.Parameter(0.02 * torch.randn(self.reach, config.num_tokens, host.dim, generator=rng))
 
-    def own(self, i: int) -> Tensor: return self.prompts[i:i + 1]
+    def own(self, i: int, ctx: Context) -> Tensor: return self.prompts[i:i + 1]
 
 class VPTOnCLIP(CLIPTuner):
     "Tokens in the image tower; class vectors from \"a photo of a {}.\", computed once."

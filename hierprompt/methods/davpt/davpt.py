@@ -175,11 +175,10 @@ class DAVPT(Guided):
         own = {name: p for name, p in self.named_parameters() if p.numel()}      # a block may have no prompts
         return own | {name: host.weights[name] for name in self.of_host}
 
-    def bias(self, i: int, site: str) -> Tensor | None:
+    def bias(self, i: int, site: str, own: Tensor | None) -> Tensor | None:
         "The fused bias with the released parts in place: the weight stays fused, so this costs nothing."
         if site != "qkv" or not self.parts: return None
-        own = self.blocks[i].sites["qkv"].bias.chunk(3)
-        return torch.cat([getattr(self, f"{part}_bias")[i] if part in self.parts else old for part, old in zip("qkv", own)])
+        return torch.cat([getattr(self, f"{part}_bias")[i] if part in self.parts else old for part, old in zip("qkv", own.chunk(3))])
 
     @property
     def reads_tokens(self) -> bool:
@@ -201,8 +200,8 @@ class DAVPT(Guided):
         if not self.counts[i]: return []
         tokens, keep = self.vectors(i)[None], self.linked(i + 1) or i == self.depth - 1 and self.config.pool == "all"
         if self.linked(i): tokens = tokens.lerp(prompts[0].tokens, self.ratio(i))
-        if self.training and self.config.dropout: tokens = F.dropout(tokens.expand(len(z), -1, -1), self.config.dropout)
-        if self.watches(i, ctx): ctx.reads["entered"] = z, tokens
+        if self.training and self.config.dropout: tokens = F.dropout(tokens.expand(z.shape[0], -1, -1), self.config.dropout)
+        if self.watches(i, ctx): ctx.reads["entered", i] = z, tokens
         return [Segment(tokens, keep=keep, static=not self.linked(i))]
 
     def ratio(self, i: int) -> float | Tensor:
@@ -215,7 +214,7 @@ class DAVPT(Guided):
         k, v = join(k, v, prompts)
         visible = tuple(t[:, :, self.first:n] for t in (k, v)) if self.config.prompt_mask else (k, v)
         if self.watches(i, ctx):
-            z, entered = ctx.reads.pop("entered")
+            z, entered = ctx.reads["entered", i]
             self.guidance.observe(self, i, self.vectors(i), entered, z, q, k, v, visible, ctx)
         if not (self.config.prompt_mask and kept): return F.scaled_dot_product_attention(q, k, v)
         instance, own = q.split([q.shape[2] - kept, kept], 2)
@@ -225,7 +224,7 @@ class DAVPT(Guided):
         "The backbone's pooling, or a mean of normalised patches, with the last prompts or without."
         if self.config.pool == "host": return super().pool(host, z, prompts)
         tokens = torch.cat([z[:, self.first:], *(s.tokens for s in prompts)], 1)
-        return host.norm(tokens).mean(1)
+        return self.final_norm(host, tokens).mean(1)
 
     def prepare(self, model, images: Tensor, labels: Tensor, draw: Callable) -> None:
         "Prompts that start as patches, and the first map from classes to prompts."

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...engine.block_loop import Context, Engine, Tuner
+from ...engine.hosts import BlockView
 from .class_map import ClassMap, ClassMeans, few_per_class
 from .metric_losses import METRICS, metric_settings
 from .saliency import cls_scores, cross_scores, merge, topk_feature
@@ -90,8 +91,9 @@ class GuidanceConfig:
 @dataclass
 class Sight:
     "What guidance sees of a block."
-    tuner: Tuner       # whose changes of the linear maps count
-    i: int             # the block
+    tuner: Tuner       # whose changes of the block's norms and linear maps count
+    i: int             # the block's number
+    block: BlockView
     z: Tensor          # (B, n, D), instance tokens that enter
     prompts: Tensor    # (M, D), guided prompts that are compared
     entered: Tensor    # (1 or B, m, D), prompts as they enter, the guided ones first
@@ -106,18 +108,21 @@ class Sight:
 
     def projected(self, x: Tensor, kind: Literal["raw", "query", "key"]) -> Tensor:
         "Tokens (.., D) as they are, or through the block's first norm and its query or key map."
-        return x if kind == "raw" else self.mapped(self.tuner.blocks[self.i].norm1(x), kind)
+        return x if kind == "raw" else self.mapped(self.normed(x), kind)
+
+    def normed(self, x: Tensor) -> Tensor:
+        "Tokens (.., D) behind the block's first norm."
+        return self.tuner.norm(self.i, "norm1", self.block.norm1, x)
 
     def mapped(self, h: Tensor, kind: Literal["query", "key"]) -> Tensor:
         "Normalised tokens (.., D) through the query or key map with its bias."
-        block = self.tuner.blocks[self.i]
-        return self.tuner.host_linear(self.i, block, "qkv", h, "q" if kind == "query" else "kv")[..., :block.width]
+        return self.tuner.host_linear(self.i, self.block, "qkv", h, "q" if kind == "query" else "kv")[..., :self.block.width]
 
     def attn_out(self) -> Tensor:
         "Attention output at the row of the prompt of the image's class."
-        block = self.tuner.blocks[self.i]
-        rows = block.q_norm(block.heads(self.projected(self.entered, "query"))[0]).transpose(1, 2)       # (1 or B, m, heads, d)
-        rows = rows[0].index_select(0, self.own) if len(rows) == 1 else rows[torch.arange(len(rows), device=rows.device), self.own]
+        rows = self.block.heads(self.projected(self.entered, "query"))[0]
+        rows = self.block.q_norm(rows).transpose(1, 2)       # (1 or B, m, heads, d)
+        rows = rows[0].index_select(0, self.own) if rows.shape[0] == 1 else rows[torch.arange(len(rows), device=rows.device), self.own]
         return F.scaled_dot_product_attention(rows[:, :, None], *self.visible).flatten(1)
 
     def input_mean(self) -> Tensor:
@@ -126,11 +131,11 @@ class Sight:
 
     def query_mean(self) -> Tensor:
         "Mean query of the patches: the map is linear, so it is the query of their mean."
-        return self.mapped(self.tuner.blocks[self.i].norm1(self.z[:, self.patches]).mean(1), "query")
+        return self.mapped(self.normed(self.z[:, self.patches]).mean(1), "query")
 
     def key_mean(self) -> Tensor:
         "Mean key of the patches."
-        return self.mapped(self.tuner.blocks[self.i].norm1(self.z[:, self.patches]).mean(1), "key")
+        return self.mapped(self.normed(self.z[:, self.patches]).mean(1), "key")
 
     def attn_out_patch_mean(self) -> Tensor:
         "Mean attention output of the patches."
@@ -209,7 +214,7 @@ class Guidance(nn.Module):
     ) -> None:
         "Adds the weighted losses of a guided block to `ctx.reads`; arguments as in `Sight`."
         c, patches, own = self.config, slice(self.first, ctx.num_instance), self.own_of(ctx)
-        sight = Sight(tuner, i, z, prompts[:self.map.num_prompts], entered, q, k, v, visible, own, patches, c, self.labelled(ctx))
+        sight = Sight(tuner, i, ctx.blocks[i], z, prompts[:self.map.num_prompts], entered, q, k, v, visible, own, patches, c, self.labelled(ctx))
         losses = ctx.reads.setdefault("metric", [])
         if c.patch_weight: losses.append(c.patch_weight * self.compare(sight, getattr(sight, c.patch_feature)(), c.prompt_feature))
         if c.cls_weight: losses.append(c.cls_weight * self.compare(sight, sight.projected(z[:, 0], c.cls_feature), c.prompt_feature_cls))
@@ -334,7 +339,6 @@ class Guided(Tuner):
         self, host, config: GuidanceConfig, rng: torch.Generator | None = None, num_classes: int | None = None, pool: str = "host"
     ):
         super().__init__(host, config, rng, num_classes)
-        self.blocks = host.blocks
         self.guidance = Guidance(host, config, num_classes, rng, pool) if config.guides else None
 
     @property

@@ -33,15 +33,15 @@ class GuidedSHIP(Guided, ship.SHIP):
     Config, presets = GuidedSHIPConfig, ship.PRESETS
 
     def enter(self, i: int, z: Tensor, prompts: list[Segment], ctx: Context) -> list[Segment]:
-        "SHIP's prompts; the semantic ones are remembered where they are guided."
+        "SHIP's prompts; the semantic ones are noted down where they are guided."
         entering = super().enter(i, z, prompts, ctx)
-        if self.watches(i, ctx): ctx.reads["guided"] = z, next(s.tokens for s in entering if s.name == "sip")
+        if self.watches(i, ctx): ctx.reads["guided", i] = z, next(s.tokens for s in entering if s.name == "sip")
         return entering
 
     def mix(self, i: int, q: Tensor, k: Tensor, v: Tensor, prompts: list[tuple], ctx: Context) -> Tensor:
         "SHIP's attention; the guided prompts' rows are looked at as DA-VPT has them, in one softmax over instance tokens and prompts."
         if self.watches(i, ctx):
-            z, entered = ctx.reads.pop("guided")
+            z, entered = ctx.reads["guided", i]
             keys = join(k, v, prompts)
             self.guidance.observe(self, i, entered.mean(0), entered, z, q, *keys, keys, ctx)
         return super().mix(i, q, k, v, prompts, ctx)

@@ -83,8 +83,8 @@ def cls_scores(q: Tensor,           # (B, heads, 1, d), the class token's query
                score: Literal["prob", "logit"] = "logit",
               ) -> Tensor:          # (B, n)
     "How much the class token attends to each instance token, averaged over heads."
-    keys = torch.cat([k, *(other.expand(len(k), -1, -1, -1) for other in others)], 2) if score == "prob" else k
-    logits = (q @ keys.mT)[:, :, 0] / q.shape[-1] ** 0.5
+    keys = torch.cat([k, *(other.expand(k.shape[0], -1, -1, -1) for other in others)], 2) if score == "prob" else k
+    logits = (q @ keys.transpose(-1, -2))[:, :, 0] / q.shape[-1] ** 0.5
     return (logits.softmax(-1)[..., :k.shape[2]] if score == "prob" else logits).mean(1)
 
 def select(scores: Tensor,          # (B, n)
@@ -134,7 +134,7 @@ def matching_loss(prompts: Tensor,  # (B, T, D)
     "Mean over images and prompts of the cosine distance to the nearest token (Eq. 5)."
     with full_precision(prompts):
         p, z = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-8) for x in (prompts, tokens))
-        cosine = p @ z.to(p.dtype).mT
+        cosine = p @ z.to(p.dtype).transpose(-1, -2)
         return 1 - cosine.amax(-1).mean()
 
 # %% ../../../nbs/methods/ship/20_ship.ipynb #94b970e2
@@ -147,12 +147,12 @@ def decoupled_attention(q: Tensor,       # (B, heads, r, d), queries of instance
     "Eq. 6 for instance tokens: attention among themselves and to the prompts, each with a softmax of its own."
     i2i = F.scaled_dot_product_attention(q, k, v)
     if not prompts: return i2i
-    return i2i.lerp(F.scaled_dot_product_attention(q, *_join(prompts, len(q))), share)
+    return i2i.lerp(F.scaled_dot_product_attention(q, *_join(prompts, q.shape[0])), share)
 
 def _join(pairs: list, batch: int) -> tuple[Tensor, Tensor]:
     "Keys and values of several segments side by side, (B, heads, m, d)."
     if len(pairs) == 1: return tuple(t.expand(batch, -1, -1, -1) for t in pairs[0])
-    width = 1 if all(len(k) == 1 for k, _ in pairs) else batch
+    width = 1 if all(k.shape[0] == 1 for k, _ in pairs) else batch
     return tuple(torch.cat([t.expand(width, -1, -1, -1) for t in side], 2).expand(batch, -1, -1, -1) for side in zip(*pairs))
 
 # %% ../../../nbs/methods/ship/20_ship.ipynb #875c2c96
@@ -162,7 +162,7 @@ def prompt_share(q: Tensor,      # (B, heads, r, d)
                 ) -> Tensor:     # (B, heads, r)
     "rho: the mass that one joint softmax would put on the prompts."
     scale = q.shape[-1] ** -0.5
-    mass = [(q @ keys.mT).mul(scale).logsumexp(-1) for keys in (_join(prompts, len(q))[0], k)]
+    mass = [(q @ keys.transpose(-1, -2)).mul(scale).logsumexp(-1) for keys in (_join(prompts, q.shape[0])[0], k)]
     return (mass[0] - mass[1]).sigmoid()
 
 # %% ../../../nbs/methods/ship/20_ship.ipynb #6aa8d23b
@@ -216,7 +216,10 @@ class SHIP(Tuner):
         self.to(model.device)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        "Room for a saved model's prototypes."
+        "Room for a saved model's prototypes; hierarchies that are not known yet raise `ValueError`."
+        if self.config.starts is None:
+            raise ValueError("where SHIP's hierarchies start is a setting that training images gave, no tensor: make this model with "
+                             "starts=..., the saved one's model.config.starts")
         if "prototypes" in tensors: self.prototypes = torch.empty_like(tensors["prototypes"], device=next(self.parameters()).device)
 
     def matches(self, ctx: Context) -> bool:
@@ -240,7 +243,7 @@ class SHIP(Tuner):
     def insert(self, tokens: Tensor, z: Tensor) -> Tensor:
         "Prompts with dropout, drawn for every image, where it is set and the model trains."
         if not (self.training and self.config.prompt_dropout): return tokens
-        return F.dropout(tokens.expand(len(z), -1, -1), self.config.prompt_dropout)
+        return F.dropout(tokens.expand(z.shape[0], -1, -1), self.config.prompt_dropout)
 
     def segment(self, i: int, name: str, tokens: Tensor, ctx: Context) -> Segment:
         "Whether block `i` makes something of these prompts that is read, and whether they attend."
@@ -301,7 +304,7 @@ class SHIP(Tuner):
         if i < self.depth - 1: ctx.reads["selected"] = tokens
         else:
             outs = [s.tokens for s in prompts] or ctx.reads["entered"]                # frozen prompts leave as they entered
-            ctx.reads["matching"] = matching_loss(torch.cat([t.expand(len(z), -1, -1) for t in outs], 1), tokens)
+            ctx.reads["matching"] = matching_loss(torch.cat([t.expand(z.shape[0], -1, -1) for t in outs], 1), tokens)
         return prompts
 
     def aux_loss(self, ctx: Context) -> Tensor | float:

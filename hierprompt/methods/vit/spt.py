@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['BUDGETS', 'PRESETS', 'ADAPTER_PRESETS', 'SPTConfig', 'SPTAdapterConfig', 'Piece', 'parts_of', 'candidates',
            'unfrozen', 'sensitivity', 'Allocation', 'ranked', 'choose_tau', 'promotion', 'allocate', 'Side', 'LowRank',
-           'Behind', 'Delta', 'changed', 'changed_norm', 'ChangedBlock', 'show_changes', 'first_batches', 'SPT',
-           'SPTLoRA', 'SPTAdapter', 'merge_spt']
+           'Behind', 'Delta', 'changed', 'changed_norm', 'first_batches', 'SPT', 'SPTLoRA', 'SPTAdapter', 'merge_spt']
 
 # %% ../../../nbs/methods/vit/50_spt.ipynb #08421674
 import copy
@@ -14,7 +13,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from math import ceil, floor
 from typing import Literal, NamedTuple, Optional
 
@@ -22,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ...core import rng as generator_of
 from ...engine.block_loop import Tuner
-from ...engine.hosts import BlockView
+from ...engine.hosts import call
 
 # %% ../../../nbs/methods/vit/50_spt.ipynb #f66a70cd
 BUDGETS = (200_000, 400_000, 600_000, 800_000, 1_000_000)   # the authors train all five and report the best (baselines spec 1.19)
@@ -247,29 +244,12 @@ def changed(deltas: nn.ModuleDict,
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 def changed_norm(deltas: nn.ModuleDict, i: int, site: str, norm: nn.Module, x: Tensor) -> Tensor:
-    "A norm of the backbone with its deltas."
+    "A norm of the backbone with its deltas; another one than `LayerNorm` raises `TypeError`."
     own = {kind: t for kind in ("weight", "bias") if (t := changed(deltas, i, site, kind, getattr(norm, kind, None))) is not None}
-    return functional_call(norm, own, (x,)) if own else norm(x)
-
-# %% ../../../nbs/methods/vit/50_spt.ipynb #987b4bb0
-class ChangedBlock(BlockView):
-    "A block's view, its norms and matrices with their deltas."
-    def __init__(self, view: BlockView, i: int, deltas: nn.ModuleDict):
-        self.__dict__.update(view.__dict__)
-        self.i, self.deltas = i, deltas
-        self.norm1, self.norm2 = (partial(changed_norm, deltas, i, site, getattr(view, site)) for site in ("norm1", "norm2"))
-
-    def linear(self, site: str, x: Tensor, part: str = "qkv", bias: Tensor | None = None) -> Tensor:
-        "As `BlockView.linear`."
-        weight = changed(self.deltas, self.i, site, "weight", self.sites[site].weight)
-        if weight is None: return super().linear(site, x, part, bias)
-        rows, bias = self.rows(part) if site == "qkv" else slice(None), self.sites[site].bias if bias is None else bias
-        return F.linear(x, weight[rows], None if bias is None else bias[rows])
-
-def show_changes(host, deltas: nn.ModuleDict) -> None:
-    "From now on a host shows its blocks and its final norm with their deltas."
-    host.blocks = [ChangedBlock(view, i, deltas) for i, view in enumerate(host.blocks)]
-    if "norm.weight" in host.weights: host.norm = partial(changed_norm, deltas, host.depth, "norm", host.vit.norm)
+    if not own: return norm(x)
+    if not isinstance(norm, nn.LayerNorm): raise TypeError(f"SPT trains parts of layer norms, this backbone has a {type(norm).__name__}")
+    weight, bias = (own.get(kind, getattr(norm, kind)) for kind in ("weight", "bias"))
+    return call(norm, lambda x: F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps), x)
 
 # %% ../../../nbs/methods/vit/50_spt.ipynb #d1e4a031
 def first_batches(images: Tensor,    # (N, 3, H, W)
@@ -294,13 +274,12 @@ class SPT(Tuner):
         self.seed, self.class_token = (torch if rng is None else rng).initial_seed(), config.class_token and "cls_token" in host.weights
         self.shapes = {name: tuple(piece.cut(piece.tensor).shape) for name, piece in candidates(host).items()}
         self.sides, self.deltas = nn.ModuleDict(), nn.ModuleDict()   # by candidates' names
+        self.has_final_norm = "norm.weight" in host.weights
         self.register_buffer("tau", torch.tensor(0))                 # sensitive parameters; 0: not known yet
-        show_changes(host, self.deltas)
-        self.blocks = host.blocks
 
     @classmethod
     def trains_host(cls, config: SPTConfig) -> bool:
-        "Its class token trains, and its views show the changes."
+        "Its class token trains."
         return True
 
     def trainable(self, host) -> dict[str, nn.Parameter]:
@@ -352,9 +331,21 @@ class SPT(Tuner):
         ys = [self.sides[name](x, piece) if name in self.sides else piece for name, piece in zip(names, y.chunk(len(names), -1))]
         return torch.cat(ys, -1) if len(ys) > 1 else ys[0]
 
-    def bias(self, i: int, site: str) -> Tensor | None:
+    def weight(self, i: int, site: str, own: Tensor) -> Tensor | None:
+        "A matrix with its deltas."
+        return changed(self.deltas, i, site, "weight", own)
+
+    def bias(self, i: int, site: str, own: Tensor | None) -> Tensor | None:
         "A bias with its deltas."
-        return changed(self.deltas, i, site, "bias", self.blocks[i].sites[site].bias)
+        return changed(self.deltas, i, site, "bias", own)
+
+    def norm(self, i: int, site: str, layer: nn.Module, x: Tensor) -> Tensor:
+        "A norm with its deltas."
+        return changed_norm(self.deltas, i, site, layer, x)
+
+    def final_norm(self, host, z: Tensor) -> Tensor:
+        "The last norm with its deltas, where the host uses it."
+        return changed_norm(self.deltas, self.depth, "norm", host.vit.norm, z) if self.has_final_norm else host.norm(z)
 
     def spent(self) -> dict[str, int]:
         "Trained parameters of every candidate that has any."

@@ -64,7 +64,7 @@ class VPTBase(Tuner):
 
     def segment(self, i: int, tokens: Tensor, z: Tensor) -> Segment:
         "Block `i`'s own prompts (1, p, D); dropout draws a mask for every image, as in the released code."
-        if self.training and self.config.dropout: tokens = self.dropout(tokens.expand(len(z), -1, -1))
+        if self.training and self.config.dropout: tokens = self.dropout(tokens.expand(z.shape[0], -1, -1))
         return Segment(tokens, keep=self.reads_outputs(i), static=True)
 
     def pool(self, host, z: Tensor, prompts: list[Segment]) -> Tensor:
