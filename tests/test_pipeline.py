@@ -223,15 +223,16 @@ def running(pid):
     ({"variants": {"sip": {"base": "shipp"}}}, "unknown base of variant sip 'shipp'. Did you mean 'ship'?"),
     ({"variants": {"ship": {"base": "sip"}}}, "variants stand on each other in a circle: ship -> sip -> ship"),
     ({"variants": {"mine": 3}}, "variants.mine"),
-    ({"tables": {"mine": {}}}, "table mine has nothing: give it either variants and tasks, or blocks"),
-    ({"tables": {"mine": {"variants": ["linear"]}}}, "table mine has variants: give it"),
-    ({"tables": {"mine": {"variants": ["linear"], "tasks": []}}}, "table mine has no cells"),
+    ({"tables": {"mine": {"variants": ["linear"], "tasks": ["emoji"]}}}, "unknown table 'mine'"),
+    ({"tables": {"baselines": {"variants": None, "tasks": None}}}, "table baselines has nothing: give it either variants and tasks, or"),
+    ({"tables": {"baselines": {"tasks": None}}}, "table baselines has variants: give it"),
+    ({"tables": {"baselines": {"tasks": []}}}, "table baselines has no cells"),
     ({"tables": {"ship": {"variants": ["linear"], "tasks": ["emoji"]}}}, "table ship has variants, tasks, blocks:"),
-    ({"tables": {"mine": {"blocks": {}}}}, "table mine has no cells"),
-    ({"tables": {"mine": {"blocks": {"a": None}}}}, "table mine has no cells"),
-    ({"tables": {"mine": {"blocks": {"a": {"variants": ["linear"]}}}}}, "lacks tasks"),
-    ({"tables": {"mine": {"blocks": {"a": {"variants": ["lineer"], "tasks": ["emoji"]}}}}}, "unknown variant in table mine 'lineer'"),
-    ({"tables": {"mine": {"blocks": {"a": {"variants": ["linear"], "task": ["emoji"]}}}}}, "unknown key 'task'"),
+    ({"tables": {"baselines": {"variants": None, "tasks": None, "blocks": {}}}}, "table baselines has no cells"),
+    ({"tables": {"baselines": {"variants": None, "tasks": None, "blocks": {"a": None}}}}, "table baselines has no cells"),
+    ({"tables": {"ship": {"blocks": {"a": {"variants": ["linear"]}}}}}, "lacks tasks"),
+    ({"tables": {"ship": {"blocks": {"a": {"variants": ["lineer"], "tasks": ["emoji"]}}}}}, "unknown variant in table ship 'lineer'"),
+    ({"tables": {"ship": {"blocks": {"a": {"variants": ["linear"], "task": ["emoji"]}}}}}, "unknown key 'task'"),
     ({"clip": {"image_size": None}}, "image_size = None"),
     ({"clip": None}, "cell zsclip-clip_emoji: the profile has no `clip`"),
     ({"clip": {"name": "ViT-B-16-quickgelu", "image_size": 224}}, "give the tag of the weights"),
@@ -378,7 +379,7 @@ def test_published_settings_lie_below_what_the_profile_says(tmp_path):
             {
                 "base": "paper_davpt",
                 "variants": {"mine": own},
-                "tables": {"davpt": None, "mine": {"variants": ["mine"], "tasks": ["vtab", "cub200"]}},
+                "tables": {"davpt": None, "baselines": {"variants": ["mine"], "tasks": ["vtab", "cub200"]}},
             }
         )
     )

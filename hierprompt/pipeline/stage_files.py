@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from ..core import atomic_path, lookup, to_dict
+from ..core import atomic_path, lookup, to_dict, within
 from ..engine.registry import method_code
 from ..papers.davpt_figures import pictured
 from .profiles import PARAMS, differences, load_profile, read_params, write_params
@@ -180,14 +180,14 @@ def set_profile(name: str | None,     # None: only tell which one is active
     if check and name and (wrong := differences(to_dict(profile), to_dict(active))):
         raise ValueError(f"params.yaml is not the profile {name!r}, it differs in {', '.join(wrong[:5])}: "
                          f"run `hierprompt profile {name}`, which overwrites it")
-    params = resolve(profile) if check or name is None else activate(profile)
+    with within(f"profiles/{name}.yaml" if name else PARAMS): params = resolve(profile) if check or name is None else activate(profile)
     return f"profile {profile.profile}: {len(build_stages(params))} stages, {len(cells_of(params))} of them cells"
 
 def update_settings(stages_as_they_are: bool = False  # True: other stages than those in DVC's files raise `ValueError`
                    ) -> dict:                         # what `resolve` returned
     "Writes settings and stages of the active profile again, after `params.yaml` or the code has changed."
     profile = read_params()
-    params = resolve(profile)
+    with within(PARAMS): params = resolve(profile)
     if stages_as_they_are and load_stages(profile.profile) != build_stages(params):
         raise ValueError("params.yaml and the code ask for other stages than those in DVC's files: run `hierprompt settings`, which writes "
                          "both, then repeat")
