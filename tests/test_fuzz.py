@@ -99,7 +99,7 @@ def fates(seed, count, content, dump, path, read):
             frames = traceback.extract_tb(error.__traceback__)
             if not frames[-1].filename.startswith(PACKAGE): wrong.append((i, f"raised in {frames[-1].filename}: {error!r}", data))
             elif path.name not in str(error): wrong.append((i, f"does not name the file: {error!r}", data))
-            elif len(str(error)) > 3000: wrong.append((i, "says too much", data))
+            elif len(str(error)) > 12_000: wrong.append((i, "says too much", data))
         except Exception as error: wrong.append((i, repr(error), data))
         finally: signal.setitimer(signal.ITIMER_REAL, 0)
         if time.monotonic() - start > SECONDS: wrong.append((i, "takes too long", data))
@@ -122,7 +122,7 @@ def told(wrong):
     return "\n".join(f"{i}: {fate[:300]}\n    {data[:300]!r}" for i, fate, data in wrong[:10])
 
 
-def dumped(content): return yaml.safe_dump(content, sort_keys=False)
+def dumped(content): return yaml.dump(content, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False)
 
 
 def test_a_saved_model(folder):
@@ -131,9 +131,9 @@ def test_a_saved_model(folder):
     path = folder/"kept/config.json"
     content = json.loads(path.read_text())
     load_tuned(folder/"kept", vit)
-    accepted, wrong = fates(0, 700, content, json.dumps, path, lambda: load_tuned(folder/"kept", vit))
+    accepted, wrong = fates(0, 500, content, json.dumps, path, lambda: load_tuned(folder/"kept", vit))
     assert not wrong, told(wrong)
-    assert accepted < 350
+    assert accepted < 250
 
 
 def test_metrics(folder):
@@ -141,9 +141,9 @@ def test_metrics(folder):
     content = example_metrics(config={"starts": [0, 4]}, spent={"training": 1.5}).record()
     path.write_text(json.dumps(content))
     read_metrics(path)
-    accepted, wrong = fates(1, 1200, content, json.dumps, path, lambda: read_metrics(path))
+    accepted, wrong = fates(1, 1000, content, json.dumps, path, lambda: read_metrics(path))
     assert not wrong, told(wrong)
-    assert accepted < 600
+    assert accepted < 500
 
 
 def profile_of_one_cell():
@@ -157,29 +157,32 @@ def profile_of_one_cell():
     return content | {"variants": variants, "seeds": [1, 2], "tasks": {"emoji": {"train": 5}}, "tables": tables}
 
 
-def outside(folder):
-    "Files that are not the pipeline's own."
-    known = ("stages", "profiles", "params.yaml", "dvc.yaml")
-    return [path for path in folder.iterdir() if path.name not in known]
+@pytest.fixture
+def unwritten(folder, monkeypatch):
+    "Nothing is written but what is damaged; names of what would be."
+    found = []
+    for name in ("write_params", "write_settings", "_write"):
+        monkeypatch.setattr(f"hierprompt.pipeline.stage_files.{name}", lambda *_, name=name: found.append(name))
+    return found
 
 
-def test_profiles(folder):
+def test_profiles(folder, unwritten):
     (folder/"profiles").mkdir()
     content, path = profile_of_one_cell(), folder/"profiles/mine.yaml"
     path.write_text(dumped(content))
     set_profile("mine")
-    accepted, wrong = fates(2, 1200, content, dumped, path, lambda: set_profile("mine"))
+    accepted, wrong = fates(2, 700, content, dumped, path, lambda: set_profile("mine"))
     assert not wrong, told(wrong)
-    assert accepted < 600 and not outside(folder)
+    assert accepted < 350 and unwritten == ["write_params", "write_settings", "_write"] * (1 + accepted)
 
 
-def test_params(folder):
+def test_params(folder, unwritten):
     path = folder/"params.yaml"
     (folder/"profiles").mkdir()
     (folder/"profiles/mine.yaml").write_text(dumped(profile_of_one_cell()))
     write_params(load_profile("mine"))
     content = yaml.safe_load(path.read_text())
     update_settings()
-    accepted, wrong = fates(3, 900, content, dumped, path, update_settings)
+    accepted, wrong = fates(3, 500, content, dumped, path, update_settings)
     assert not wrong, told(wrong)
-    assert accepted < 450 and not outside(folder)
+    assert accepted < 250 and unwritten == ["write_settings", "_write"] * (1 + accepted)

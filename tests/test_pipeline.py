@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -323,6 +324,9 @@ def test_cells_are_those_of_the_blocks(name):
     assert set(cells_of(params)) == cells
     stages = build_stages(params)
     assert {stage.label for stage in stages.values() if stage.level == "cell"} == cells
+    for stage in stages.values():   # words that no shell makes anything else of
+        assert stage.entry()["cmd"].split(" ") == ["python", "-m", "hierprompt", *stage.arguments]
+        assert re.fullmatch(r"[\w ./=-]+", stage.entry()["cmd"], re.ASCII)
     for table in params["tables"].values():   # exactly its own cells' numbers
         read = {dep for dep in stages[f"{name}-{table['table']}"].deps if dep.endswith("metrics.json")}
         assert read == {f"results/{name}/runs/{v}-{t}/metrics.json" for v, t in table_cells(table)}

@@ -84,12 +84,16 @@ class _Took:
     seconds: float
     work: Optional[float]
 
+@dataclass
+class _Times:
+    "What stages of a profile took."
+    stages: dict[str, _Took]
+
 def durations(profile: str) -> dict[str, dict[str, float]]:  # label -> seconds and work
     "What stages of a profile took here; a damaged file raises `ValueError`."
     file, remedy = DURATIONS/f"{profile}.json", "delete it: nothing but the next plan is made from it"
     if not file.is_file(): return {}
-    found = read_json(file, remedy)
-    try: return {label: vars(from_dict(_Took, took, label)) for label, took in dict(found).items()}
+    try: return {label: vars(took) for label, took in from_dict(_Times, {"stages": read_json(file, remedy)}, "times").stages.items()}
     except (TypeError, ValueError) as error: raise ValueError(f"{file}: {error}; {remedy}") from error
 
 def remember(profile: str, stage: Stage, seconds: float) -> None:

@@ -26,6 +26,8 @@ def _parameters_cell(notebook: str | Path) -> str:
     content = read_json(notebook, "restore it")
     if not isinstance(content, dict) or content.get("nbformat") != 4 or type(content.get("nbformat_minor")) is not int:
         raise ValueError(f"{notebook} is no notebook of format 4: give one, or restore it")
+    if not isinstance(content.get("cells"), list) or not all(isinstance(cell, dict) for cell in content["cells"]):
+        raise ValueError(f"{notebook} is no whole notebook (it has no list of cells): restore it")
     try: nbformat.validate(content, relax_add_props=True)
     except nbformat.ValidationError as error:
         raise ValueError(f"{notebook} is no whole notebook ({str(error).splitlines()[0][:200]}): restore it") from error

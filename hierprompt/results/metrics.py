@@ -118,29 +118,29 @@ class Metrics:
 # %% ../../nbs/results/10_metrics.ipynb #45d178c4
 def _check_accuracies(m: Metrics):
     "Percentages, one pair per seed, and the best look not worse than the last."
-    if not m.seeds or len(set(m.seeds)) < len(m.seeds): raise ValueError(f"seeds = {m.seeds}: every run needs its own")
+    if not m.seeds or len(set(m.seeds)) < len(m.seeds): raise ValueError(f"seeds = {shown(m.seeds)}: every run needs its own")
     for name, unit in (("acc", "percent"), ("acc_best_test", "percent"), ("acc_se", "points")):
         values = getattr(m, name)
-        if len(values) != len(m.seeds): raise ValueError(f"{name} = {values} does not fit to seeds = {m.seeds}")
-        if not all(0 <= v <= 100 for v in values): raise ValueError(f"{name} = {values} is not in {unit}, 0 to 100")
+        if len(values) != len(m.seeds): raise ValueError(f"{name} = {shown(values)} does not fit to seeds = {shown(m.seeds)}")
+        if not all(0 <= v <= 100 for v in values): raise ValueError(f"{name} = {shown(values)} is not in {unit}, 0 to 100")
     if any(b < a - 1e-9 for a, b in zip(m.acc, m.acc_best_test)):
-        raise ValueError(f"acc_best_test = {m.acc_best_test} is below acc = {m.acc}, which is one of the looks")
+        raise ValueError(f"acc_best_test = {shown(m.acc_best_test)} is below acc = {shown(m.acc)}, which is one of the looks")
     if m.num_test_evaluations < 1: raise ValueError(f"num_test_evaluations = {m.num_test_evaluations} gives no accuracy")
 
 def _check_counts(m: Metrics):
     "Parameter counts that add up, finite times, a named backbone, a real hash."
     p = m.parameters
-    if sorted(p) != sorted(PARAMETERS): raise ValueError(f"parameters = {p} must have the keys {', '.join(PARAMETERS)}")
+    if sorted(p) != sorted(PARAMETERS): raise ValueError(f"parameters = {shown(p)} must have the keys {', '.join(PARAMETERS)}")
     if p["without_head"] != p["prompts"] + p["other"] or p["with_head"] != p["without_head"] + p["head"]:
-        raise ValueError(f"parameters = {p} do not add up")
+        raise ValueError(f"parameters = {shown(p)} do not add up")
     for name in ("macs", "seconds", "images_per_second"):
         if not 0 <= getattr(m, name) < math.inf: raise ValueError(f"{name} = {getattr(m, name)} is not a finite number")
     if not set(m.spent) <= set(SPENT) or not all(0 <= seconds < math.inf for seconds in m.spent.values()):
-        raise ValueError(f"spent = {m.spent} must hold finite seconds of {', '.join(SPENT)}")
+        raise ValueError(f"spent = {shown(m.spent)} must hold finite seconds of {', '.join(SPENT)}")
     if not all(isinstance(m.backbone.get(key), str) for key in ("name", "sha256")):
         raise ValueError(f"backbone = {shown(m.backbone)} lacks name or sha256")
     if not re.fullmatch("[0-9a-f]{16}", m.config_hash):
-        raise ValueError(f"config_hash = {m.config_hash!r} is not a digest of 16 hexadecimal digits")
+        raise ValueError(f"config_hash = {shown(m.config_hash)} is not a digest of 16 hexadecimal digits")
 
 DERIVED = ("acc_mean", "acc_std", "acc_best_test_mean")
 
@@ -183,8 +183,8 @@ REMEDY = "delete the file and repeat its run stage"
 def _check_format(raw: Mapping, where) -> None:
     "A file that another version of the project has written raises `ValueError`."
     found = raw.get("format", FORMAT)
-    if type(found) is not int or found < 1: raise ValueError(f"{where}: format = {found!r} is none; {REMEDY}")
-    if found > FORMAT: raise ValueError(f"{where}: format = {found}, this version of hierprompt knows {FORMAT}: use the version that wrote it")
+    if type(found) is not int or found < 1: raise ValueError(f"{where}: format = {shown(found)} is none; {REMEDY}")
+    if found > FORMAT: raise ValueError(f"{where}: format = {found}, this version of hierprompt knows {FORMAT}; use the one that wrote it")
 
 def check_metrics(raw,              # the parsed content of a metrics file
                   where,            # its name for messages
@@ -194,14 +194,14 @@ def check_metrics(raw,              # the parsed content of a metrics file
     if not isinstance(raw, Mapping): raise ValueError(f"{where}: not a JSON object but {shown(raw)}; {REMEDY}")
     _check_format(raw, where)
     if raw.get("status") != "success":
-        raise ValueError(f"{where}: status = {raw.get('status')!r}, so this run is no result; {REMEDY}")
+        raise ValueError(f"{where}: status = {shown(raw.get('status'))}, so this run is no result; {REMEDY}")
     try: metrics = from_dict(Metrics, {k: v for k, v in raw.items() if k not in ("format", "status", *DERIVED)}, "metrics")
     except (TypeError, ValueError) as error: raise ValueError(f"{where}: {error}; {REMEDY}") from error
     if lacking(raw): raise ValueError(f"{where}: metrics lacks {', '.join(lacking(raw))}; {REMEDY}")
     for key, value in _derived(metrics).items():
         given = raw.get(key)
         if given != value and not (isinstance(given, float) and value is not None and math.isclose(given, value)):
-            raise ValueError(f"{where}: {key} = {given}, but its seeds give {value}; {REMEDY}")
+            raise ValueError(f"{where}: {key} = {shown(given)}, but its seeds give {value}; {REMEDY}")
     if config_hash not in (None, metrics.config_hash):
         raise ValueError(f"{where}: config_hash = {metrics.config_hash}, the settings now have {config_hash}; {REMEDY}")
     return metrics
