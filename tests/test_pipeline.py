@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -223,15 +224,16 @@ def running(pid):
     ({"variants": {"sip": {"base": "shipp"}}}, "unknown base of variant sip 'shipp'. Did you mean 'ship'?"),
     ({"variants": {"ship": {"base": "sip"}}}, "variants stand on each other in a circle: ship -> sip -> ship"),
     ({"variants": {"mine": 3}}, "variants.mine"),
-    ({"tables": {"mine": {}}}, "table mine has nothing: give it either variants and tasks, or blocks"),
-    ({"tables": {"mine": {"variants": ["linear"]}}}, "table mine has variants: give it"),
-    ({"tables": {"mine": {"variants": ["linear"], "tasks": []}}}, "table mine has no cells"),
+    ({"tables": {"mine": {"variants": ["linear"], "tasks": ["emoji"]}}}, "unknown table 'mine'"),
+    ({"tables": {"baselines": {"variants": None, "tasks": None}}}, "table baselines has nothing: give it either variants and tasks, or"),
+    ({"tables": {"baselines": {"tasks": None}}}, "table baselines has variants: give it"),
+    ({"tables": {"baselines": {"tasks": []}}}, "table baselines has no cells"),
     ({"tables": {"ship": {"variants": ["linear"], "tasks": ["emoji"]}}}, "table ship has variants, tasks, blocks:"),
-    ({"tables": {"mine": {"blocks": {}}}}, "table mine has no cells"),
-    ({"tables": {"mine": {"blocks": {"a": None}}}}, "table mine has no cells"),
-    ({"tables": {"mine": {"blocks": {"a": {"variants": ["linear"]}}}}}, "lacks tasks"),
-    ({"tables": {"mine": {"blocks": {"a": {"variants": ["lineer"], "tasks": ["emoji"]}}}}}, "unknown variant in table mine 'lineer'"),
-    ({"tables": {"mine": {"blocks": {"a": {"variants": ["linear"], "task": ["emoji"]}}}}}, "unknown key 'task'"),
+    ({"tables": {"baselines": {"variants": None, "tasks": None, "blocks": {}}}}, "table baselines has no cells"),
+    ({"tables": {"baselines": {"variants": None, "tasks": None, "blocks": {"a": None}}}}, "table baselines has no cells"),
+    ({"tables": {"ship": {"blocks": {"a": {"variants": ["linear"]}}}}}, "lacks tasks"),
+    ({"tables": {"ship": {"blocks": {"a": {"variants": ["lineer"], "tasks": ["emoji"]}}}}}, "unknown variant in table ship 'lineer'"),
+    ({"tables": {"ship": {"blocks": {"a": {"variants": ["linear"], "task": ["emoji"]}}}}}, "unknown key 'task'"),
     ({"clip": {"image_size": None}}, "image_size = None"),
     ({"clip": None}, "cell zsclip-clip_emoji: the profile has no `clip`"),
     ({"clip": {"name": "ViT-B-16-quickgelu", "image_size": 224}}, "give the tag of the weights"),
@@ -322,6 +324,9 @@ def test_cells_are_those_of_the_blocks(name):
     assert set(cells_of(params)) == cells
     stages = build_stages(params)
     assert {stage.label for stage in stages.values() if stage.level == "cell"} == cells
+    for stage in stages.values():   # words that no shell makes anything else of
+        assert stage.entry()["cmd"].split(" ") == ["python", "-m", "hierprompt", *stage.arguments]
+        assert re.fullmatch(r"[\w ./=-]+", stage.entry()["cmd"], re.ASCII)
     for table in params["tables"].values():   # exactly its own cells' numbers
         read = {dep for dep in stages[f"{name}-{table['table']}"].deps if dep.endswith("metrics.json")}
         assert read == {f"results/{name}/runs/{v}-{t}/metrics.json" for v, t in table_cells(table)}
@@ -378,7 +383,7 @@ def test_published_settings_lie_below_what_the_profile_says(tmp_path):
             {
                 "base": "paper_davpt",
                 "variants": {"mine": own},
-                "tables": {"davpt": None, "mine": {"variants": ["mine"], "tasks": ["vtab", "cub200"]}},
+                "tables": {"davpt": None, "baselines": {"variants": ["mine"], "tasks": ["vtab", "cub200"]}},
             }
         )
     )

@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..core import MARK, lookup, read_yaml
+from ..core import MARK, lookup
 from .interruption import stop_on_signals, stop_with_parent
-from .run_command import add_options
+from .run_command import add_options, count
 
 # %% ../../nbs/pipeline/80_command_line.ipynb #e5375ccb
 def _profile(args: argparse.Namespace) -> int:
@@ -24,8 +24,9 @@ def _profile(args: argparse.Namespace) -> int:
 
 def _record() -> None:
     "Has DVC remember the settings that were written, where this is a repository of DVC's."
+    from hierprompt.pipeline.profiles import active_profile
     from hierprompt.pipeline.staleness import record_settings
-    if Path(".dvc").is_dir(): record_settings(read_yaml("params.yaml")["profile"])
+    if Path(".dvc").is_dir(): record_settings(active_profile())
 
 def _settings(args: argparse.Namespace) -> int:
     "`settings`: writes the settings and stages of `params.yaml` anew."
@@ -96,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--check", action="store_true", help="change nothing, and fail when params.yaml is not this profile")
     one = command(_repro, "repro", "bring the tables of the active profile up to date; what is finished is not run again")
-    one.add_argument("--jobs", type=int, help="stages at a time (default: one a GPU, or 2)")
+    one.add_argument("--jobs", type=count, help="stages at a time (default: one a GPU, or 2)")
     one.add_argument("--cluster", metavar="FILE", help="a YAML file that says where stages run: SLURM, SSH, a scheduler (default: here)")
     one.add_argument("--force", action="store_true", help="run everything again")
     one.add_argument("--tables", nargs="+", metavar="TABLE", help="only these, for example: baselines ship")
@@ -104,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--profile", help="another one than the active one: cells whose committed metrics have its settings count as done")
     one.add_argument("--tables", nargs="+", metavar="TABLE", help="only these")
     one.add_argument("--rows", nargs="+", metavar="VARIANT", help="only cells of these rows")
-    one.add_argument("--jobs", type=int, default=2, help="stages at a time (default: 2)")
+    one.add_argument("--jobs", type=count, default=2, help="stages at a time (default: 2)")
     one.add_argument("--no-probe", action="store_true", help="do not measure this machine where no past run tells how long cells take")
     one = command(_compare, "compare", "say cell by cell whether a rebuild reproduced the committed results")
     one.add_argument("--profile", required=True, help="whose results: smoke, laptop, reference, paper, ...")
@@ -128,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:  # exit status
     if not Path(MARK).is_file(): return _say_error(f"no {MARK} here: run this in the root folder of the project")
     try: return args.run(args)
     except KeyboardInterrupt: return _say_error("stopped; repeat the command to go on", 130)
-    except (ValueError, TypeError, KeyError, FileNotFoundError, RuntimeError, ImportError) as error: return _say_error(error)
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError, ImportError) as error: return _say_error(error)
 
 def _say_error(error, status: int = 1) -> int:
     "Prints an error; a `KeyError` without the quotes that Python puts around it."

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
 from filelock import FileLock, Timeout
 
-from ..core import atomic_path
+from ..core import atomic_path, parse_json, parse_yaml
+from .stages import read_hashes
 
 # %% ../../nbs/pipeline/60_interruption.ipynb #c44628a6
 BOSS = "HIERPROMPT_REPRO_PID"  # environment variable with the process that started the stages
@@ -67,15 +67,17 @@ def sweep() -> list[str]:  # what was done, one line each
 
 def _read(file: Path, parse) -> dict | None:
     "The mapping in a file; `None` when the file is cut off."
-    try: content = parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError): return None
+    try: content = parse(file.read_text(encoding="utf-8"), file)
+    except (OSError, ValueError): return None
     return content if isinstance(content, dict) else None
 
 def lock_is_whole(lock: Path) -> bool:
-    "Whether every stage in a `dvc.lock` has its command; DVC refuses the file otherwise."
-    content = _read(lock, lambda text: yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    "Whether every stage in a `dvc.lock` has its command and its files; DVC refuses the file otherwise."
+    content = _read(lock, parse_yaml)
     stages = content and content.get("stages")
-    return isinstance(stages, dict) and all(isinstance(stage, dict) and "cmd" in stage for stage in stages.values())
+    if not isinstance(stages, dict) or not all(isinstance(stage, dict) and "cmd" in stage for stage in stages.values()): return False
+    try: return all(isinstance(read_hashes(name, stage), dict) for name, stage in stages.items())
+    except ValueError: return False
 
 def copy_locks() -> None:
     "Keeps a copy of each lock file that has changed, if it is complete."
@@ -86,7 +88,7 @@ def copy_locks() -> None:
 def mend() -> list[str]:  # what was done, one line each
     "Repairs what a killed run may leave behind."
     done, access = sweep(), Path(".dvc/tmp/rwlock")
-    if access.exists() and _read(access, json.loads) is None:
+    if access.exists() and _read(access, parse_json) is None:
         access.unlink()
         done.append(f"removed the damaged {access}")
     for lock, backup in lock_files().items():
@@ -105,7 +107,7 @@ def only_one(file: str | Path = ".dvc/tmp/hierprompt.lock") -> Iterator[None]:
     lock = FileLock(file)
     try: lock.acquire(timeout=0)
     except Timeout as error:
-        other = _read(about, json.loads) or {}
+        other = _read(about, parse_json) or {}
         raise RuntimeError(f"another repro is at work in this folder (process {other.get('pid', '?')} on {other.get('host', '?')}, since "
                            f"{other.get('since', '?')}): wait for it, or stop it") from error
     try:

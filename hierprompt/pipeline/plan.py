@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_SIZES', 'DURATIONS', 'USUAL', 'OVERHEAD', 'IMAGE_TOWERS', 'NOTEBOOK_MB', 'trainings', 'images_of', 'work',
-           'asked_of', 'durations', 'remember', 'probe', 'Plan', 'Estimator', 'estimate', 'plan_pass']
+           'asked_of', 'durations', 'remember', 'probe', 'Plan', 'past_metrics', 'Estimator', 'estimate', 'plan_pass']
 
 # %% ../../nbs/pipeline/68_plan.ipynb #72336d7f
-import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Optional
 
-from ..core import read_json, write_json
+from ..core import from_dict, parse_json, read_json, write_json
+from .read_settings import read_settings
 from .stages import LEVELS, Stage
 from .staleness import Pass
 
@@ -33,9 +34,12 @@ def _prepared_sizes(profile: str, task: str) -> tuple[int | None, int | None, in
     "Training and validation images of a task that has been decoded, and its classes."
     file = Path(f"data/tasks/{profile}/{task}.safetensors")
     if not file.is_file(): return None, None, None
-    with open(file, "rb") as raw: about = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
-    source = json.loads(about["__metadata__"]["task"])
-    return source["source"]["counts"]["train"], source["source"]["counts"]["val"], len(source["class_names"])
+    with open(file, "rb") as raw: head = raw.read(min(int.from_bytes(raw.read(8), "little"), file.stat().st_size))
+    try:
+        source = parse_json(parse_json(head.decode(), file)["__metadata__"]["task"], file)
+        return source["source"]["counts"]["train"], source["source"]["counts"]["val"], len(source["class_names"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); delete it, `hierprompt repro` makes it again") from error
 
 def trainings(settings: Mapping) -> int:
     "How often a cell trains: a point of its grid at a time if there are several, then each seed; a few-shot cell chooses for every seed."
@@ -69,13 +73,28 @@ USUAL = {"settings": 5.0, "backbone": 20.0, "data": 10.0, "table": 15.0}   # sec
 OVERHEAD = 4.0   # seconds of a cell besides training and evaluation: benchmarks/pipeline.py
 
 def asked_of(stage: Stage) -> dict:
-    "The settings of a cell."
-    return read_json(next(dep for dep in stage.deps if "/settings/" in dep))
+    "The settings of a cell; a stage without any raises `ValueError`."
+    files = [dep for dep in stage.deps if "/settings/" in dep]
+    if len(files) != 1: raise ValueError(f"{stage.file}: stage {stage.name} names not one settings file; run `hierprompt settings`")
+    return read_settings(files[0])
+
+@dataclass
+class _Took:
+    "What a stage took."
+    seconds: float
+    work: Optional[float]
+
+@dataclass
+class _Times:
+    "What stages of a profile took."
+    stages: dict[str, _Took]
 
 def durations(profile: str) -> dict[str, dict[str, float]]:  # label -> seconds and work
-    "What stages of a profile took here."
-    file = DURATIONS/f"{profile}.json"
-    return read_json(file) if file.is_file() else {}
+    "What stages of a profile took here; a damaged file raises `ValueError`."
+    file, remedy = DURATIONS/f"{profile}.json", "delete it: nothing but the next plan is made from it"
+    if not file.is_file(): return {}
+    try: return {label: vars(took) for label, took in from_dict(_Times, {"stages": read_json(file, remedy)}, "times").stages.items()}
+    except (TypeError, ValueError) as error: raise ValueError(f"{file}: {error}; {remedy}") from error
 
 def remember(profile: str, stage: Stage, seconds: float) -> None:
     "Keeps what a stage took."
@@ -118,6 +137,9 @@ class Plan:
     fetched: list[str] = field(default_factory=list)   # labels of cells that are up to date, but whose model somebody needs
     megabytes: float = 0                     # of executed notebooks, and of models whose size a metrics file tells
 
+    def __post_init__(self):
+        if self.jobs < 1: raise ValueError(f"jobs = {self.jobs}: at least one stage has to run at a time")
+
     @property
     def hours(self) -> float: return sum(self.seconds.values()) / self.jobs / 3600
 
@@ -133,12 +155,16 @@ class Plan:
                                      f"{' ...' if len(self.unknown) > 8 else ''} ({len(self.unknown)} cells)")
         return text + [f"  {note}" for note in self.notes]
 
-def _committed(out: str, settings: Mapping) -> float | None:  # seconds
+def past_metrics(file: str):  # `Metrics`, or None
+    "The metrics of a cell that may run again; a file that is none, or of an older format, tells nothing: the run replaces it."
+    from hierprompt.results.metrics import read_metrics
+    try: return read_metrics(file)
+    except (FileNotFoundError, ValueError): return None
+
+def _committed(past, settings: Mapping) -> float | None:  # seconds
     "What a cell of the same settings took, as its committed metrics say."
     from hierprompt.pipeline.cell_settings import cell_hash
-    if not Path(out).is_file(): return None
-    raw = read_json(out)
-    return sum(raw["spent"].values()) + OVERHEAD if raw.get("spent") and raw.get("config_hash") == cell_hash(settings) else None
+    return sum(past.spent.values()) + OVERHEAD if past and past.spent and past.config_hash == cell_hash(settings) else None
 
 NOTEBOOK_MB = 0.2   # of an executed run notebook, pictures included
 
@@ -151,12 +177,12 @@ class Estimator:
     rates: dict = field(default_factory=dict)      # kind -> images a second
     sources: dict = field(default_factory=dict)    # where seconds came from -> cells
 
-    def seconds(self, label: str, settings: Mapping, metrics: str) -> float | None:
+    def seconds(self, label: str, settings: Mapping, committed) -> float | None:
         "Expected seconds of a cell; None where neither past nor probe tell."
         did, past = work(settings), self.known.get(label)
         if past and (past["work"] == did or not (past["work"] and did)): return self._from("measured here", past["seconds"])
         if past: return self._from("measured here with other settings", past["seconds"] * did / past["work"])
-        if (took := _committed(metrics, settings)) is not None: return self._from("as committed, on the machine that made them", took)
+        if (took := _committed(committed, settings)) is not None: return self._from("as committed, on the machine that made them", took)
         rate = self._rate(settings) if did is not None and self.may_probe else None
         return None if rate is None else self._from("by a probe of this machine", did / rate + OVERHEAD)
 
@@ -191,10 +217,11 @@ def estimate(profile: str,
         plan.seconds[address] = known.get(stage.label, {}).get("seconds", USUAL[stage.level])
     for address, (label, settings, metrics) in cells.items():
         plan.stages["cell"] += 1
-        if (took := estimator.seconds(label, settings, metrics)) is not None: plan.seconds[address] = took
+        committed = past_metrics(metrics)
+        if (took := estimator.seconds(label, settings, committed)) is not None: plan.seconds[address] = took
         if (did := work(settings)) is None: plan.unknown.append(label)
         else: plan.images += did
-        plan.megabytes += NOTEBOOK_MB + (4e-6 * read_json(metrics)["parameters"]["with_head"] if Path(metrics).is_file() else 0)
+        plan.megabytes += NOTEBOOK_MB + (4e-6 * committed.parameters["with_head"] if committed else 0)
     plan.notes = estimator.notes()
     return plan
 

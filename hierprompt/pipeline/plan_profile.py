@@ -9,9 +9,11 @@ __all__ = ['plan_profile']
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..core import lookup, read_json, read_yaml
+from ..core import lookup, read_json, within
 from .cell_settings import cell_hash
-from .plan import Plan, estimate, plan_pass
+from .plan import Plan, estimate, past_metrics, plan_pass
+from .profiles import PARAMS, active_profile, load_profile, read_params
+from .read_settings import REMEDY
 from .stages import Stage, load_stages, settings_folder, stages_of_tables
 from .staleness import Pass, changes, judge, next_pass, recorded
 
@@ -25,11 +27,10 @@ def _of_rows(stages: Mapping[str, Stage], rows: Iterable[str] | None) -> set[str
 
 def _with_other_settings(stages: Mapping[str, Stage], profile: str) -> set[str]:
     "Addresses of stages whose settings `params.yaml` and the code would write otherwise now."
-    from hierprompt.pipeline.profiles import read_params
     from hierprompt.pipeline.resolve import resolve
     from hierprompt.pipeline.settings import settings_files
-    folder, wanted = Path(settings_folder(profile)), settings_files(resolve(read_params()))
-    other = {str(folder/name) for name, content in wanted.items() if not (folder/name).is_file() or read_json(folder/name) != content}
+    with within(PARAMS): folder, wanted = Path(settings_folder(profile)), settings_files(resolve(read_params()))
+    other = {str(folder/name) for name, content in wanted.items() if not (folder/name).is_file() or read_json(folder/name, REMEDY) != content}
     return {address for address, stage in stages.items() if other & set(stage.deps)}
 
 def _active(stages: Mapping[str, Stage], profile: str, tables, rows) -> Pass:
@@ -45,16 +46,15 @@ def _active(stages: Mapping[str, Stage], profile: str, tables, rows) -> Pass:
 
 def _done(stage: Stage, settings: Mapping) -> bool:
     "Whether a cell's metrics are here and belong to these settings."
-    file = Path(stage.metrics[0])
-    return file.is_file() and read_json(file).get("config_hash") == cell_hash(settings)
+    past = past_metrics(stage.metrics[0])
+    return past is not None and past.config_hash == cell_hash(settings)
 
 def _other(profile: str, tables, rows, jobs: int, may_probe: bool) -> Plan:
     "The plan of a profile that is not active."
-    from hierprompt.pipeline.profiles import load_profile
     from hierprompt.pipeline.resolve import resolve
     from hierprompt.pipeline.settings import settings_files
     from hierprompt.pipeline.stage_files import build_stages
-    params = resolve(load_profile(profile))
+    with within(f"profiles/{profile}.yaml"): params = resolve(load_profile(profile))
     stages, files = build_stages(params), settings_files(params)
     cells = _of_rows(stages, rows) & stages_of_tables(stages, tables, profile)
     asked = {a: files[f"rows/{Path(stages[a].file).parent.name}/{stages[a].name}.json"] for a in stages if a in cells}
@@ -68,7 +68,7 @@ def plan_profile(profile: str | None = None,         # None: the active one
                  may_probe: bool = True,             # measure this machine where no past run tells
                 ) -> Plan:
     "What would run, and how long it would take; an unknown profile, table or row raises `KeyError`."
-    active = read_yaml("params.yaml")["profile"]
+    active = active_profile()
     if profile not in (None, active): return _other(profile, tables, rows, jobs, may_probe)
     stages = load_stages(active)
     return plan_pass(stages, _active(stages, active, tables, rows), jobs, may_probe)

@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core import read_json, read_yaml
+from ..core import read_json
 from .interruption import copy_locks, mend, only_one, sweep
 from .plan import plan_pass, remember
+from .profiles import active_profile
+from .read_settings import read_settings
 from .stages import Stage, check_folders, load_stages, settings_folder, stages_of_tables
 from hierprompt.pipeline.staleness import (
     Pass,
@@ -142,7 +144,7 @@ class Costs:
 # %% ../../nbs/pipeline/70_repro.ipynb #cad90adb
 def _check_folders(profile: str) -> None:
     "A benchmark without a folder is named at once."
-    check_folders({file.stem: read_json(file) for file in sorted(Path(settings_folder(profile), "data").glob("*.json"))})
+    check_folders({file.stem: read_settings(file) for file in sorted(Path(settings_folder(profile), "data").glob("*.json"))})
 
 def _active(profile: str, force: bool) -> tuple[dict[str, Stage], dict[str, list] | None]:
     "The stages of the active profile, its settings written anew where they are stale; what DVC says of them (`None` with `force`)."
@@ -214,7 +216,7 @@ def repro(workers: Workers | None = None,    # None: two processes, or one a GPU
     "Brings the tables of the active profile up to date, in the current folder."
     with only_one():
         for line in mend(): print(line)
-        profile = read_yaml("params.yaml")["profile"]
+        profile = active_profile()
         _check_folders(profile)
         stages, found = _active(profile, force)
         wanted = stages_of_tables(stages, tables, profile)

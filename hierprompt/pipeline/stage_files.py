@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from ..core import atomic_path, lookup, to_dict
+from ..core import atomic_path, lookup, to_dict, within
 from ..engine.registry import method_code
 from ..papers.davpt_figures import pictured
 from .profiles import PARAMS, differences, load_profile, read_params, write_params
@@ -154,21 +154,24 @@ def _texts(params: dict) -> dict[str, str]:  # file -> content
         if "${" in text: raise ValueError(f"{file}: a path in profile {params['profile']!r} has '${{' in it, which DVC would replace")
     return texts
 
-def write_stages(params: dict) -> None:
-    "Writes the stages of a profile, and makes them the ones that DVC sees."
-    texts, profile = _texts(params), params["profile"]
+def _write(profile: str, texts: dict[str, str]) -> None:
+    "Writes the files of a profile's stages, and removes those of rows that it has no longer."
     for file in Path("stages", profile).rglob("dvc.yaml"):
         if str(file) not in texts: file.unlink()
     for file, text in {**texts, "stages/.dvcignore": f"/*\n!/backbones\n!/{profile}\n"}.items():
         with atomic_path(file) as temporary: temporary.write_text(text, encoding="utf-8")
 
+def write_stages(params: dict) -> None:
+    "Writes the stages of a profile, and makes them the ones that DVC sees."
+    _write(params["profile"], _texts(params))
+
 def activate(profile) -> dict:  # a `Profile` -> what `resolve` returned
     "Makes a profile the active one: `params.yaml`, settings, stages; nothing is written before everything has been checked."
     params = resolve(profile)
-    build_stages(params)
+    texts = _texts(params)
     write_params(profile)
     write_settings(params)
-    write_stages(params)
+    _write(params["profile"], texts)
     return params
 
 def set_profile(name: str | None,     # None: only tell which one is active
@@ -176,18 +179,18 @@ def set_profile(name: str | None,     # None: only tell which one is active
                ) -> str:              # a line to print
     "Makes a profile the active one; with `check` a difference raises `ValueError`."
     active = read_params() if name is None or check else None
-    profile = load_profile(name) if name else active
-    if check and name and (wrong := differences(to_dict(profile), to_dict(active))):
+    profile = active if name is None else load_profile(name)
+    if check and name is not None and (wrong := differences(to_dict(profile), to_dict(active))):
         raise ValueError(f"params.yaml is not the profile {name!r}, it differs in {', '.join(wrong[:5])}: "
                          f"run `hierprompt profile {name}`, which overwrites it")
-    params = resolve(profile) if check or name is None else activate(profile)
+    with within(PARAMS if name is None else f"profiles/{name}.yaml"): params = resolve(profile) if check or name is None else activate(profile)
     return f"profile {profile.profile}: {len(build_stages(params))} stages, {len(cells_of(params))} of them cells"
 
 def update_settings(stages_as_they_are: bool = False  # True: other stages than those in DVC's files raise `ValueError`
                    ) -> dict:                         # what `resolve` returned
     "Writes settings and stages of the active profile again, after `params.yaml` or the code has changed."
     profile = read_params()
-    params = resolve(profile)
+    with within(PARAMS): params = resolve(profile)
     if stages_as_they_are and load_stages(profile.profile) != build_stages(params):
         raise ValueError("params.yaml and the code ask for other stages than those in DVC's files: run `hierprompt settings`, which writes "
                          "both, then repeat")

@@ -15,10 +15,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
+from ..core import within
 from .interruption import BOSS
-from .stages import Stage, above, maker, makers, parents, stage_files
+from .stages import Stage, above, maker, makers, parents, read_entries, read_hashes, stage_files
 
 # %% ../../nbs/pipeline/55_staleness.ipynb #4a6034b9
 def environment() -> dict[str, str]:
@@ -44,14 +43,14 @@ def changes() -> dict[str, list]:  # address -> what DVC says of it
 
 # %% ../../nbs/pipeline/55_staleness.ipynb #4c17cb93
 def recorded(profile: str) -> dict[str, dict[str, str]]:  # address -> path -> hash
-    "What DVC remembers of every stage's dependencies and outputs."
-    loader, found = getattr(yaml, "CSafeLoader", yaml.SafeLoader), {}
+    "What DVC remembers of every stage's dependencies and outputs; a damaged lock raises `ValueError`."
+    found = {}
     for file in stage_files(profile):
         lock = Path(file).with_suffix(".lock")
         if not lock.is_file(): continue
-        for name, entry in (yaml.load(lock.read_text(encoding="utf-8"), loader).get("stages") or {}).items():
-            listed = [*entry.get("deps", []), *entry.get("outs", [])]
-            found[name if file == "dvc.yaml" else f"{file}:{name}"] = {each["path"]: each.get("md5") for each in listed}
+        for name, entry in read_entries(lock).items():
+            with within(f"{lock}, which `hierprompt repro` restores"): hashes = read_hashes(name, entry)
+            found[name if file == "dvc.yaml" else f"{file}:{name}"] = hashes
     return found
 
 @dataclass

@@ -8,6 +8,7 @@ __all__ = ['LOGS', 'SCRATCH', 'DASK', 'StageFailed', 'log_of', 'log_end', 'stamp
 
 # %% ../../nbs/pipeline/65_workers.ipynb #9b583bf1
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from ..core import from_dict, read_yaml
+from ..core import from_dict, read_yaml, within
 from .kernels import interrupt_kernels
 from .stages import Stage
 
@@ -55,10 +56,10 @@ def run_stage(stage: Stage,
 
     from hierprompt.pipeline.run_command import execute, parse_run
     os.chdir(root)
+    args = parse_run(stage.arguments)
     before, start, log = stamps(stage.deps), time.monotonic(), log_of(stage)
     remove(stage.made)
     log.parent.mkdir(parents=True, exist_ok=True)
-    args = parse_run(stage.arguments)
     try: execute(args, log, forked=args.offline)   # what may ask the network runs once, in a kernel of its own
     except PapermillExecutionError as error:
         raise StageFailed("\n".join([*error.traceback[-3:], f"failed in cell {error.exec_count}: {error.ename}: {error.evalue}"])) from None
@@ -71,7 +72,7 @@ def run_stage(stage: Stage,
 # %% ../../nbs/pipeline/65_workers.ipynb #9ba3c75c
 @dataclass
 class Workers:
-    "Where stages run: the content of a cluster file. Unknown keys raise `TypeError`."
+    "Where stages run: the content of a cluster file. Unknown keys raise `TypeError`, values that do not fit together `ValueError`."
     kind: Literal["local", "slurm", "ssh", "scheduler"] = "local"
     jobs: Optional[int] = None                              # stages at a time; null: one a GPU, else two (local), one a host (ssh)
     hosts: list[str] = field(default_factory=list)          # of ssh
@@ -84,15 +85,17 @@ class Workers:
         for name in ("hosts", "address"):
             if bool(getattr(self, name)) != (name in wants): self._refuse(name)
         if self.options and self.kind not in ("slurm", "ssh"): self._refuse("options")
+        for host in self.hosts:
+            if not re.fullmatch(r"[\w\[][\w.@:\[\]-]*", host): raise ValueError(f"hosts has {host!r}, which names no machine")
 
     def _refuse(self, name: str): raise ValueError(f"{name} = {getattr(self, name)!r} does not fit to kind = {self.kind!r}")
 
 def read_workers(file: str | Path | None,  # of --cluster
                  jobs: int | None,         # of --jobs, which counts more
                 ) -> Workers:
-    "What the command line says about workers."
+    "What the command line says about workers; a file that is damaged or says something else raises an error that names it."
     values = {} if file is None else read_yaml(file)
-    return from_dict(Workers, {**values, **({} if jobs is None else {"jobs": jobs})}, str(file or "workers"))
+    with within(str(file or "--jobs")): return from_dict(Workers, {**values, **({} if jobs is None else {"jobs": jobs})}, "workers")
 
 def gpus() -> list[str]:
     "The GPUs of this machine that this process may use, as CUDA_VISIBLE_DEVICES names them; found without PyTorch, which takes seconds."

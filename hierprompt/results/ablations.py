@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import read_json
 from .figures import empty_panel, panels
-from .metrics import run_files
+from .metrics import finished, run_files
 from .published_rows import Row
 from hierprompt.results.tables import (
     COUNTS,
@@ -88,8 +87,8 @@ def count_hierarchies(results: str | Path,  # the results folder
                       profile: str,         # profile in it
                      ) -> dict[str, int]:   # cell -> number, for methods whose settings name `starts`
     "How many hierarchies the runs have; failed runs have none."
-    configs = {cell: read_json(path).get("config", {}) for cell, path in run_files(results, profile).items()}
-    return {cell: len(config["starts"]) for cell, config in configs.items() if config.get("starts")}
+    done = {cell: finished(path) for cell, path in run_files(results, profile).items()}
+    return {cell: len(metrics.config["starts"]) for cell, metrics in done.items() if metrics and metrics.config.get("starts")}
 
 def build_ablation(study: Study,
                    profile: str,                # whose metrics

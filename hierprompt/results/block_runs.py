@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import read_json
-from .metrics import collect, failed_cells, run_files
+from .metrics import collect, failed_cells, read_metrics, run_files
 from .published_rows import Row
 from .tables import NOT_RUN, ResultsTable, column_texts
 
@@ -53,7 +52,7 @@ def block_runs(title: str,
     failed = [cell for cell in failed_cells(results, profile) if cell in cells]
     table = ResultsTable(title, profile, known, [], dict.fromkeys(tasks, "average"), sorted(set(frame.group)), frame, failed, "")
     done, files = set(frame.variant + "-" + frame.task), run_files(results, profile)
-    return BlockRuns(table, {cell: read_json(path)["diagnostics"] for cell, path in files.items() if cell in done}, tasks)
+    return BlockRuns(table, {cell: read_metrics(path).diagnostics for cell, path in files.items() if cell in done}, tasks)
 
 def accuracy_part(runs: BlockRuns) -> pd.DataFrame:
     "One line per row: accuracies and their average over all tasks."

@@ -8,7 +8,6 @@ __all__ = ['EXACT', 'FROM_DATA', 'FOUND', 'SHARE', 'ACCURACIES', 'LEVEL', 'VERDI
            'judge', 'from_folder', 'from_git', 'compare']
 
 # %% ../../nbs/results/90_compare.ipynb #1f4e55b2
-import json
 import math
 import statistics
 import subprocess
@@ -18,8 +17,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import read_json
-from .metrics import Metrics, check_metrics, lacking, run_files
+from ..core import check_names, parse_json
+from .metrics import Metrics, check_metrics, finished, lacking, run_files
 
 # %% ../../nbs/results/90_compare.ipynb #f8f69818
 def same_machine(new: Metrics, committed: Metrics) -> bool:
@@ -185,7 +184,7 @@ def _checked(raw, where) -> Metrics | None:
 
 def from_folder(results: str | Path, profile: str) -> dict[str, Metrics | None]:
     "Cell -> metrics of a profile in a results folder; a corrupt file raises `ValueError`."
-    return {cell: _checked(read_json(path), path) for cell, path in run_files(results, profile).items()}
+    return {cell: finished(path) for cell, path in run_files(results, profile).items()}
 
 def _git(repository: str | Path, *arguments: str) -> str:
     "What a git command prints; its own message when it fails."
@@ -199,9 +198,10 @@ def from_git(revision: str,                   # for example HEAD
              repository: str | Path = ".",    # its root
             ) -> dict[str, Metrics | None]:   # cell -> metrics
     "The same, read from a committed revision; one whose files are of an older format raises `ValueError`."
+    if revision.startswith("-"): raise ValueError(f"revision {revision!r}: git would take it for an option")
     names = _git(repository, "ls-tree", "-r", "--name-only", revision, f"{results}/{profile}/runs/").splitlines()
     files = [f"{revision}:{name}" for name in names if name.endswith("/metrics.json")]
-    raw = {file: json.loads(_git(repository, "show", file)) for file in files}
+    raw = {file: parse_json(_git(repository, "show", file), file) for file in files}
     _check_format(revision, list(raw.values()))
     return {Path(file).parent.name: _checked(content, file) for file, content in raw.items()}
 
@@ -219,6 +219,7 @@ def compare(new_root: str | Path = "results",   # results folder of the rebuild
             profile: str = "laptop",
            ) -> Comparison:
     "Judges every committed cell; no committed cell, a corrupt file or one of an older format raises `ValueError`."
+    check_names([profile], "profile")
     root = Path(new_root).absolute()
     new = from_folder(root, profile)
     old = (from_folder(committed, profile) if isinstance(committed, Path) else

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ..core import atomic_path
+from .published import read_columns
 from .published_rows import Row
 from .tables import NOT_RUN, ResultsTable
 
@@ -134,9 +135,7 @@ def loss_curves(results: str | Path,   # the results folder
     "The curves of one cell; a history without the columns they need raises `ValueError`."
     path = Path(results) / profile / "runs" / f"{variant}-{task}" / "history.csv"
     if not path.is_file(): return None
-    rows = pd.read_csv(path)
-    lacking = [column for column in _CURVES if column not in rows]
-    if lacking: raise ValueError(f"{path} lacks the columns {', '.join(lacking)}: repeat the run of {variant}-{task}")
+    rows = read_columns(path, _CURVES, f"repeat the run of {variant}-{task}")
     return rows.assign(train=rows.loss - rows.aux_loss, test=rows.test_loss).groupby("epoch")[["train", "test"]].mean()
 
 def plot_losses(results: str | Path,
