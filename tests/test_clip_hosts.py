@@ -467,9 +467,9 @@ def test_bad_images_and_names(clip):
     with pytest.raises(ValueError, match=r"images are \(40, 40\) pixels, this tower wants \(32, 32\)"): model(torch.randn(1, 3, 40, 40))
     with pytest.raises(ValueError, match="the context holds 16: shorten the class name"):
         tune_clip(clip, "zero_shot", ["cat", "tree " * 12])
-    with pytest.raises(ValueError, match="the word 'zebra' of 'a photo of a zebra.'"): tune_clip(clip, "zero_shot", ["cat", "zebra"])
-    for names in (["cat"], ["cat", "dog", "cat"], []):
-        with pytest.raises(ValueError, match="at least two names, none twice"): tune_clip(clip, "zero_shot", names)
+    with pytest.raises(ValueError, match="the word 'zebra' of 'zebra'"): tune_clip(clip, "zero_shot", ["cat", "zebra"])
+    for names in (["cat"], ["cat", "cat"], []):
+        with pytest.raises(ValueError, match="at least two names that differ"): tune_clip(clip, "zero_shot", names)
     for template, places in (("a photo.", 0), ("{} {}", 2)):
         with pytest.raises(ValueError, match=f"has {places} places"): tune_clip(clip, "zero_shot", NAMES, templates={"zero_shot": template})
-    with pytest.raises(KeyError, match="'vpt_deep' does not tune a CLIP"): tune_clip(clip, "vpt_deep", NAMES)
+    with pytest.raises(KeyError, match="'vpt_deep' tunes a ViT"): tune_clip(clip, "vpt_deep", NAMES)

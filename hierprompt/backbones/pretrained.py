@@ -24,7 +24,7 @@ from timm.models import VisionTransformer, clean_state_dict, get_deprecated_mode
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from .embedded_vit import EMBEDDED_NAME, at_224, build_embedded, check_weights, save_backbone
-from ..core import rng, sha256_file
+from ..core import rng, sha256_file, whole_number
 from ..engine.hosts import weights_sha256
 
 # %% ../../nbs/backbones/20_pretrained.ipynb #032c0691
@@ -61,7 +61,10 @@ def _choices(arch: str) -> str:
 def check_name(name: str,                # of a backbone
                pretrained: bool = True,  # are its weights wanted? then the name must carry its tag
               ) -> None:
-    "Refuses a deprecated or ambiguous name (`ValueError`) and an unknown one (`KeyError`), and says which are right."
+    """Refuses a deprecated or ambiguous name (`ValueError`), an unknown one (`KeyError`) and what is no name (`TypeError`), and says which
+    are right."""
+    if not isinstance(name, str):
+        raise TypeError(f"a backbone is loaded by its name, such as 'vit_base_patch16_224.orig_in21k', got a {type(name).__name__}")
     if name in OWN: return
     if current := get_deprecated_models().get(name):
         raise ValueError(f"{name!r} is a deprecated alias that timm maps to {current!r}; "
@@ -211,12 +214,13 @@ def _check_label(file: Path, name: str) -> None:
 def load_backbone(name: str,                       # a timm name with its tag, or one of `OWN`
                   pretrained: bool = True,         # False: the architecture with initial weights from a fixed seed
                   file: str | Path | None = None,  # a local checkpoint; the tag says how its images are normalised
-                  image_size: int | None = None,   # pixels, a multiple of the patch size; default: the network's own
+                  image_size: int | None = None,   # side of the square images in pixels, a multiple of the patch size; default: its own
                   root: str | Path = "data/backbones",  # where `build_embedded` has put the embedded weights
                  ) -> VisionTransformer:           # without head, in evaluation mode
     "A timm `VisionTransformer` with exactly the named weights, for images of that size; anything doubtful is an error."
     if file is not None and not pretrained: raise ValueError(f"file={str(file)!r} and pretrained=False contradict")
     check_name(name, pretrained and file is None)
+    if image_size is not None: image_size = whole_number(image_size, "image_size", 1)
     file = _weights_file(name, file, root) if pretrained else None
     vit = create_checked(name, image_size)
     if not pretrained: return _describe(vit, f"{split_model_name_tag(name)[0]}.random", None)

@@ -23,7 +23,7 @@ from .class_prompts import ClassPrompts, TextTuner, text_features, unit
 from .embedded_architecture import TappedViT
 from .embedded_clip import load_embedded_clip
 from .tokens import CutTokenizer, FullTokenizer
-from ..core import lookup, rng
+from ..core import lookup, rng, whole_number
 from ..engine.block_loop import Context, Engine, Tuner
 from ..engine.hosts import BlockView, TimmViT, hooked, refuse_hooks, runs
 
@@ -241,11 +241,11 @@ class CLIP(nn.Module):
         "Image features without any prompt."
         with torch.no_grad(): return unit(self.image.project(Engine(self.image, Tuner(self.image)).eval().features(images, Context())))
 
-    def encode_text(self, texts: Sequence[str] | Tensor | ClassPrompts  # sentences, their ids (K, context), or what is made of these
-                   ) -> Tensor:                                         # (K, E), length 1
+    def encode_text(self, texts: str | Sequence[str] | Tensor | ClassPrompts  # sentences, one alone too, or their ids (K, context)
+                   ) -> Tensor:                                               # (K, E), length 1
         "Text features without any prompt; a sentence that does not fit raises `ValueError`."
         if not isinstance(texts, ClassPrompts):
-            texts = ClassPrompts((texts if isinstance(texts, Tensor) else self.tokenizer(list(texts))).to(self.device))
+            texts = ClassPrompts((texts if isinstance(texts, Tensor) else self.tokenizer(texts)).to(self.device))
         with torch.no_grad(): return text_features(Engine(self.text, TextTuner(self.text)).eval(), texts)
 
     def similarity(self, image: Tensor, text: Tensor) -> Tensor:
@@ -301,8 +301,9 @@ def load_clip(name: str,                       # an open_clip model: "ViT-B-16-q
               image_size: int | None = None,   # of "embedded_clip": 56 or 112; of others their own; None: the model's
              ) -> CLIP:                        # frozen, in evaluation mode
     "A CLIP by name; unknown names and tags raise `KeyError`, the wrong activation, image size or a damaged file `ValueError`."
+    if image_size is not None: image_size = whole_number(image_size, "image_size", 1)
     if name == EMBEDDED_CLIP: return _embedded(pretrained, file, image_size)
-    clip = CLIP(*tiny_clip(), name) if name == TINY_CLIP else _released(name, pretrained, file)
+    clip = _tiny(pretrained, file) if name == TINY_CLIP else _released(name, pretrained, file)
     if image_size in (None, clip.image.image_size[0]): return clip
     raise ValueError(
         f"image_size = {image_size}: {name!r} sees images of {clip.image.image_size[0]} px, only {EMBEDDED_CLIP!r} comes in several sizes"
@@ -310,7 +311,7 @@ def load_clip(name: str,                       # an open_clip model: "ViT-B-16-q
 
 def _released(name: str, pretrained: str | None, file: str | Path | None) -> CLIP:
     "A model of open_clip with released weights."
-    lookup(dict.fromkeys(open_clip.list_models()), name, "CLIP model")
+    lookup(dict.fromkeys([EMBEDDED_CLIP, TINY_CLIP, *open_clip.list_models()]), name, "CLIP model")
     if pretrained is None:
         raise ValueError(
             f"{name!r} needs the tag of its weights, for example pretrained='openai'; known: "
@@ -323,8 +324,18 @@ def _released(name: str, pretrained: str | None, file: str | Path | None) -> CLI
     model = open_clip.create_model(name, pretrained=str(file or pretrained))
     return CLIP(model, FullTokenizer(context_length=model.context_length), f"{name}.{pretrained}")
 
+def _no_tag(name: str, pretrained: str | None) -> None:
+    "Refuses a tag for a model that has weights of its own."
+    if pretrained is None: return
+    raise ValueError(f"{name!r} has weights of its own, pretrained = {pretrained!r} is none of them: leave it out")
+
 def _embedded(pretrained: str | None, file: str | Path | None, image_size: int | None) -> CLIP:
-    "The embedded CLIP: its towers are those of the repository, whatever tag one asks for."
-    if pretrained is not None:
-        raise ValueError(f"{EMBEDDED_CLIP!r} has weights of its own, pretrained = {pretrained!r} is none of them: leave it out")
-    return CLIP(*load_embedded_clip(image_size or 112, file), EMBEDDED_CLIP)
+    "The embedded CLIP: its towers are those of the repository."
+    _no_tag(EMBEDDED_CLIP, pretrained)
+    return CLIP(*load_embedded_clip(112 if image_size is None else image_size, file), EMBEDDED_CLIP)
+
+def _tiny(pretrained: str | None, file: str | Path | None) -> CLIP:
+    "The random towers for tests, which no file holds."
+    _no_tag(TINY_CLIP, pretrained)
+    if file is not None: raise ValueError(f"{TINY_CLIP!r} is random, file = {str(file)!r} has no place in it: leave it out")
+    return CLIP(*tiny_clip(), TINY_CLIP)

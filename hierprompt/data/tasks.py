@@ -14,16 +14,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..core import atomic_path, rng
+from ..core import atomic_path, kind_of, list_of_texts, rng, whole_number
 
 # %% ../../nbs/data/20_tasks.ipynb #45275774
 @dataclass
 class Split:
-    "Images as bytes with their labels; anything else than square uint8 RGB raises `ValueError`."
+    "Images as bytes with their labels, in memory; what is no tensor raises `TypeError`, anything else than square uint8 RGB `ValueError`."
     images: torch.Tensor  # (N, 3, S, S) uint8
     labels: torch.Tensor  # (N,) int64
 
     def __post_init__(self):
+        for name, remedy in (("images", "torch.from_numpy(images)"), ("labels", "torch.tensor(labels)")):
+            given = getattr(self, name)
+            if not isinstance(given, torch.Tensor): raise TypeError(f"{name} are {kind_of(given)}, no tensor: {remedy} makes one")
         shape = tuple(self.images.shape)
         if self.images.dtype != torch.uint8:
             raise ValueError(f"images are {self.images.dtype}, not torch.uint8 in 0..255")
@@ -42,7 +45,8 @@ class Split:
     def subset(self, n: int,      # how many images
                seed: int = 0,     # which ones
               ) -> "Split":
-        "A plain random subset in the original order; `n` above the size raises `ValueError`."
+        "A plain random subset in the original order; `n` above the size raises `ValueError`, what is no whole number `TypeError`."
+        n = whole_number(n, "n")
         if not 0 < n <= len(self): raise ValueError(f"a subset of {n} images of a split that has {len(self)}")
         keep = torch.randperm(len(self), generator=rng(seed, "subset"))[:n].sort().values
         return Split(self.images[keep], self.labels[keep])
@@ -72,7 +76,8 @@ def show_images(images: torch.Tensor,  # (N, 3, S, S) uint8; the first `n` are s
 
 @dataclass
 class Task:
-    "Train, val and test of one data set; a label outside the classes or splits of different size raise `ValueError`."
+    """Train, val and test of one data set; a label outside the classes or splits of different size raise `ValueError`, names that are no
+    list of texts, and parts that are no splits, `TypeError`."""
     name: str               # as `load_task` knows it
     group: str              # what a table averages it in: "natural", "specialized", "structured", "fine_grained", ...
     class_names: list[str]  # C names; position = label
@@ -82,6 +87,7 @@ class Task:
     source: dict = field(default_factory=dict)  # origin, licence, protocol, preprocess, counts
 
     def __post_init__(self):
+        self.class_names = list_of_texts(self.class_names, "class_names")
         for part in PARTS: self._check(part)
         sizes = {part: getattr(self, part).images.shape[-1] for part in PARTS}
         if len(set(sizes.values())) > 1:
@@ -90,7 +96,9 @@ class Task:
 
     def _check(self, part: str):
         "One split is there, not empty, and its labels are inside 0..C-1."
-        labels = getattr(self, part).labels
+        split = getattr(self, part)
+        if not isinstance(split, Split): raise TypeError(f"{self.name}: {part} is {kind_of(split)}, no Split: Split(images, labels) is one")
+        labels = split.labels
         if len(labels) == 0: raise ValueError(f"{self.name}: the {part} split is empty")
         low, high = labels.min().item(), labels.max().item()
         if low < 0 or high >= self.num_classes:

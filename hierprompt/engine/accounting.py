@@ -11,6 +11,7 @@ import copy
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..core import whole_number
 from .block_loop import Context
 
 # %% ../../nbs/engine/50_accounting.ipynb #c0962116
@@ -34,7 +35,8 @@ def count_macs(model,            # a `TunedModel`, or a `PromptedCLIP`; left as 
               ) -> int:          # multiply-adds of one image
     """Multiply-adds of one image in evaluation, once remembered prompt keys and class vectors are there; counted on shapes, nothing is
     computed."""
-    shadow, image = _shadow(model), torch.empty(1, 3, image_size, image_size, device="meta")
+    size = whole_number(image_size, "image_size", 1)
+    shadow, image = _shadow(model), torch.empty(1, 3, size, size, device="meta")
     with torch.no_grad(), shadow.remembered():
         shadow(image)
         with FlopCounterMode(display=False) as counter: shadow(image)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'MODELS', 'Place', 'register_methods', 'register_model', 'list_methods', 'registered', 'method_kind',
-           'tuner_class', 'method_modules', 'method_code']
+           'tuner_class', 'registered_name', 'method_class', 'method_modules', 'method_code']
 
 # %% ../../nbs/engine/30_registry.ipynb #f75a3d85
 import ast
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -66,6 +67,36 @@ def method_kind(method: str) -> str:  # "vit" or "clip"
 def tuner_class(method: str) -> type:  # a subclass of `Tuner`, or of `CLIPTuner`
     "The class of a method."
     return registered(method)[1].load()
+
+# %% ../../nbs/engine/30_registry.ipynb #0175478c
+def registered_name(tuner: type) -> str:
+    "The name under which the class of a method is registered; \"module:Class\" where it is not."
+    place = Place(tuner.__module__, tuner.__qualname__)
+    return next((name for name, (_, known) in METHODS.items() if known == place), ":".join(place))
+
+_OTHER = {"vit": "tunes a ViT: tune(load_backbone(name), {!r}, num_classes)",
+          "clip": "tunes a CLIP: tune_clip(load_clip(name), {!r}, class_names)"}
+
+def method_class(method: str | type,    # one of `list_methods(kind)`, or a class of one's own
+                 kind: str,             # what it has to tune: "vit" or "clip"
+                 base: type,            # of such classes
+                ) -> tuple[str, type]:  # its name, see `registered_name`, and its class
+    "Name and class of a method; unknown ones, and those of the other kind, raise `KeyError`, a class that is no method `TypeError`."
+    if isinstance(method, type):
+        _check_class(method, base)
+        return registered_name(method), method
+    own, place = registered(method)
+    if own == kind: return method, place.load()
+    raise KeyError(f"method {method!r} {_OTHER[own].format(method)}; known here: {', '.join(list_methods(kind))}")
+
+def _check_class(method: type, base: type) -> None:
+    "`TypeError` for a class of another kind, or one that is made with other arguments than `base`."
+    if not issubclass(method, base):
+        raise TypeError(f"{method.__name__} is no {base.__name__}: a method that tunes this network is a subclass of {base.__name__}")
+    wanted = list(inspect.signature(base).parameters)
+    try: inspect.signature(method).bind(*wanted)
+    except TypeError as error:
+        raise TypeError(f"{method.__name__} has to be made with ({', '.join(wanted)}), as {base.__name__} is: {error}") from error
 
 # %% ../../nbs/engine/30_registry.ipynb #a43a0a60
 @cache

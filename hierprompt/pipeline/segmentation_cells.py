@@ -24,6 +24,7 @@ from ..results.metrics import Metrics
 from ..seg.cell import SegCell, run_cell
 from ..seg.recipes import seg_grid, seg_recipe
 from ..seg.tasks import SEG_TASKS
+from ..training.history import most_memory
 
 # %% ../../nbs/pipeline/40_segmentation_cells.ipynb #d587a744
 def as_cell(settings: Mapping,      # from `seg_settings`
@@ -169,7 +170,7 @@ def seg_metrics(settings: Mapping,                # from `seg_settings`
         macs=last["macs"],
         seconds=sum(f["seconds"] for f in found.values()),
         images_per_second=float(np.mean([f["images_per_second"] for f in found.values()])),
-        peak_memory_mb=max(f["peak_memory_mb"] for f in found.values()),
+        peak_memory_mb=most_memory(f["peak_memory_mb"] for f in found.values()),
         device=torch.cuda.get_device_name(0) if last["device"].startswith("cuda") else last["device"],
         config=last["config"],
         recipe=recipe,

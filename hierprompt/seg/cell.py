@@ -30,7 +30,7 @@ from .recipes import SegRecipe, seg_recipe
 from .segmentor import PromptedEncoderDecoder, build_segmentor, check_classes
 from .setr import setr_pup, single_scale_pipeline, train_pipeline, tta_pipeline
 from .tasks import SEG_TASKS, dataset_config
-from ..training.loop import _peak_memory_mb
+from ..training.history import peak_memory_mb
 
 # %% ../../nbs/seg/80_cell.ipynb #a78d46bb
 @dataclass
@@ -139,7 +139,7 @@ def run_cell(settings: Mapping,     # of `SegCell`
         "seconds": losses.seconds,
         "test_seconds": seconds,
         "images_per_second": recipe.iterations * recipe.batch_size / losses.seconds,
-        "peak_memory_mb": _peak_memory_mb(device),
+        "peak_memory_mb": peak_memory_mb(device),
         "device": str(device),
         "history": losses.rows,
         "config": to_dict(model.backbone.config),

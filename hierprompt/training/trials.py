@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..core import CHECKOUT, digest, from_dict, read_json, sha256_file, to_dict, write_json
+from ..core import CHECKOUT, digest, from_dict, read_json, sha256_file, to_dict, whole_number, write_json
 from ..data.tasks import Split
 from ..engine.registry import method_code
 from .history import History
@@ -53,6 +53,7 @@ class Trials:
 
     def __call__(self, recipe: Recipe, config: dict, seed: int, progress: bool) -> dict:  # status, and history or error
         "One run, from the cache or trained; a diverged one has status \"diverged\"."
+        seed = whole_number(seed, "seed")
         model = self.make_model(seed, **config)
         path = self.cache and Path(self.cache)/f"{self._key(model, recipe, seed)}.json"
         if path and path.exists(): return read_json(path)
