@@ -7,6 +7,7 @@ __all__ = ['PARTS', 'Split', 'show_images', 'Task']
 
 # %% ../../nbs/data/20_tasks.ipynb #a19f45f9
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,24 +15,36 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..core import atomic_path, rng
+from ..core import atomic_path, from_dict, rng
 
 # %% ../../nbs/data/20_tasks.ipynb #45275774
+def _tensor(value, what: str) -> torch.Tensor:
+    "`value` itself; anything but a tensor raises `TypeError` with the remedy."
+    if isinstance(value, torch.Tensor): return value
+    kind = f"{type(value).__module__.split('.')[0]}.{type(value).__name__}".removeprefix("builtins.")
+    remedy = {"images": "torch.from_numpy(array) makes one of a numpy array (N, 3, S, S) uint8, load_task('folder', root=...) of files",
+              "labels": "torch.as_tensor(labels) makes one of a list or a numpy array"}[what]
+    raise TypeError(f"{what} are of type {kind}, not a tensor: {remedy}")
+
 @dataclass
 class Split:
-    "Images as bytes with their labels; anything else than square uint8 RGB raises `ValueError`."
+    "Images as bytes with their labels; no tensors raise `TypeError`, anything else than square uint8 RGB `ValueError`."
     images: torch.Tensor  # (N, 3, S, S) uint8
-    labels: torch.Tensor  # (N,) int64
+    labels: torch.Tensor  # (N,) int64, on the same device
 
     def __post_init__(self):
-        shape = tuple(self.images.shape)
+        shape = tuple(_tensor(self.images, "images").shape)
         if self.images.dtype != torch.uint8:
             raise ValueError(f"images are {self.images.dtype}, not torch.uint8 in 0..255")
         if len(shape) != 4 or shape[1] != 3: raise ValueError(f"images have shape {shape}, not (N, 3, S, S)")
         if shape[2] != shape[3]: raise ValueError(f"images are {shape[2]} x {shape[3]}, not square: resize them first")
-        if self.labels.dtype != torch.int64: raise ValueError(f"labels are {self.labels.dtype}, not torch.int64")
+        if shape[2] == 0: raise ValueError(f"images have shape {shape}: no pixel")
+        if _tensor(self.labels, "labels").dtype != torch.int64:
+            raise ValueError(f"labels are {self.labels.dtype}, not torch.int64: give labels.long()")
         if self.labels.shape != shape[:1]:
             raise ValueError(f"{shape[0]} images but labels of shape {tuple(self.labels.shape)}")
+        if self.images.device != self.labels.device:
+            raise ValueError(f"images are on {self.images.device}, labels on {self.labels.device}: move both to one device")
 
     def __repr__(self) -> str:
         "How many images of which size, not the images."
@@ -70,9 +83,29 @@ def show_images(images: torch.Tensor,  # (N, 3, S, S) uint8; the first `n` are s
     plt.close(figure)
     return figure
 
+def _text(value, what: str) -> str:
+    "`value` itself; anything but a string raises `TypeError`, an empty one `ValueError`."
+    if not isinstance(value, str): raise TypeError(f"{what} = {value!r} is not a string")
+    if not value.strip(): raise ValueError(f"{what} = {value!r} is empty: give a name")
+    return value
+
+def _class_names(names) -> list[str]:
+    "Class names as a list; a single string or something else than strings raise `TypeError`, empty and equal names `ValueError`."
+    listed = names.tolist() if hasattr(names, "tolist") else names  # numpy's and pandas' arrays
+    if isinstance(listed, str) or not isinstance(listed, Sequence):
+        raise TypeError(f"class_names = {names!r} is not a list of strings, one a class")
+    listed = [_text(name, f"class_names[{i}]") for i, name in enumerate(listed)]
+    if not listed: raise ValueError("class_names is empty: give one name a class")
+    place = {}
+    for i, name in enumerate(listed):
+        if name in place: raise ValueError(f"class_names {place[name]} and {i} are both {name!r}: give each class a name of its own")
+        place[name] = i
+    return listed
+
 @dataclass
 class Task:
-    "Train, val and test of one data set; a label outside the classes or splits of different size raise `ValueError`."
+    """Train, val and test of one data set; a label outside the classes, splits of different size, names that are empty or equal raise
+    `ValueError`, things of another type `TypeError`."""
     name: str               # as `load_task` knows it
     group: str              # what a table averages it in: "natural", "specialized", "structured", "fine_grained", ...
     class_names: list[str]  # C names; position = label
@@ -82,6 +115,9 @@ class Task:
     source: dict = field(default_factory=dict)  # origin, licence, protocol, preprocess, counts
 
     def __post_init__(self):
+        for key in ("name", "group"): _text(getattr(self, key), key)
+        self.class_names = _class_names(self.class_names)
+        if not isinstance(self.source, dict): raise TypeError(f"{self.name}: source = {self.source!r} is not a dict")
         for part in PARTS: self._check(part)
         sizes = {part: getattr(self, part).images.shape[-1] for part in PARTS}
         if len(set(sizes.values())) > 1:
@@ -90,7 +126,10 @@ class Task:
 
     def _check(self, part: str):
         "One split is there, not empty, and its labels are inside 0..C-1."
-        labels = getattr(self, part).labels
+        split = getattr(self, part)
+        if not isinstance(split, Split):
+            raise TypeError(f"{self.name}: {part} is of type {type(split).__name__}, not a Split: give Split(images, labels)")
+        labels = split.labels
         if len(labels) == 0: raise ValueError(f"{self.name}: the {part} split is empty")
         low, high = labels.min().item(), labels.max().item()
         if low < 0 or high >= self.num_classes:
@@ -117,15 +156,15 @@ class Task:
 
     @classmethod
     def load(cls, path: str | Path) -> "Task":
-        "Reads what `save` wrote; a missing, damaged or foreign file raises an error that names it."
+        "Reads what `save` wrote; a missing file raises `FileNotFoundError`, a damaged or foreign one `ValueError`, both with its name."
         if not Path(path).is_file(): raise FileNotFoundError(f"task file {path} does not exist")
         try:
             with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["task"])
-                splits = {p: Split(file.get_tensor(f"{p}.images"), file.get_tensor(f"{p}.labels")) for p in PARTS}
-        except (SafetensorError, KeyError) as error:
+                if "task" not in (about := file.metadata() or {}): raise ValueError("its metadata has no key 'task'")
+                facts = from_dict(_Facts, json.loads(about["task"]), "task")
+                return cls(**vars(facts), **{part: _read_split(file, part) for part in PARTS})
+        except (SafetensorError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a complete task file ({error}): delete it and write it again") from error
-        return cls(**about, **splits)
 
     def show(self, part: str = "train", n: int = 8, seed: int = 0):
         "A row of random images of one split with their class names."
@@ -139,3 +178,16 @@ class Task:
                 **{k: v for k, v in self.source.items() if k not in ("counts", "fewshot")}}
         if few := self.source.get("fewshot"): rows["few-shot"] = f"{few['shots']} a class, seeds {', '.join(few['rows'])}"
         return "\n".join([f"| {self.name} | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
+
+@dataclass
+class _Facts:
+    "What a task file says besides its tensors."
+    name: str
+    group: str
+    class_names: list[str]
+    source: dict
+
+def _read_split(file, part: str) -> Split:
+    "One split of an open task file; tensors that make none raise `ValueError` with the part."
+    try: return Split(file.get_tensor(f"{part}.images"), file.get_tensor(f"{part}.labels"))
+    except ValueError as error: raise ValueError(f"{part}: {error}") from error
