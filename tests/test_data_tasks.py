@@ -1,3 +1,7 @@
+import json
+import re
+
+import numpy as np
 import pytest
 import torch
 from fixture_trees import class_split
@@ -77,6 +81,106 @@ def test_empty_split_is_refused(task):
 
 def test_labels_must_be_int64(task):
     with pytest.raises(ValueError, match="torch.int32, not torch.int64"): Split(task.val.images, task.val.labels.int())
+
+
+@pytest.mark.parametrize("kind", ["numpy", "list", "pictures", "None", "tuple"])
+def test_images_that_are_no_tensor(task, kind):
+    from PIL import Image
+    images = {"numpy": task.val.images.numpy(), "list": task.val.images.tolist(), "None": None, "tuple": tuple(task.val.images),
+              "pictures": [Image.new("RGB", (32, 32))] * 6}[kind]
+    with pytest.raises(TypeError, match=r"images are .*, not a tensor: torch.from_numpy\(array\).*uint8"):
+        Split(images, task.val.labels)
+
+
+@pytest.mark.parametrize("labels", [[0] * 6, np.zeros(6, np.int64), np.zeros(6, np.int32), None, range(6), "abcdef"])
+def test_labels_that_are_no_tensor(task, labels):
+    with pytest.raises(TypeError, match=r"labels are .*, not a tensor: torch.as_tensor\(labels\)"): Split(task.val.images, labels)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.float32, torch.bool, torch.float64])
+def test_labels_of_another_kind(task, kind):
+    with pytest.raises(ValueError, match=f"labels are {kind}, not torch.int64: give labels.long"):
+        Split(task.val.images, task.val.labels.to(kind))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float64, torch.int64, torch.bool])
+def test_images_of_another_kind(task, kind):
+    with pytest.raises(ValueError, match=f"images are {kind}, not torch.uint8"): Split(task.val.images.to(kind), task.val.labels)
+
+
+def test_splits_of_nothing_and_of_two_devices(task):
+    with pytest.raises(ValueError, match="no pixel"): Split(torch.zeros(2, 3, 0, 0, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="labels of shape \\(6, 1\\)"): Split(task.val.images, task.val.labels[:, None])
+    with pytest.raises(ValueError, match="images are on meta, labels on cpu: move both"): Split(task.val.images.to("meta"), task.val.labels)
+    assert len(Split(task.val.images[:0], task.val.labels[:0])) == 0
+
+
+@pytest.mark.parametrize("names", [("a", "b", "c"), np.array(["a", "b", "c"]), ["a", "b", "c"]])
+def test_class_names_become_a_list_of_strings(task, names, tmp_path):
+    made = Task("demo", "natural", names, task.train, task.val, task.test)
+    assert made.class_names == ["a", "b", "c"] and all(type(name) is str for name in made.class_names)
+    assert Task.load(made.save(tmp_path / "t.safetensors")).class_names == made.class_names
+
+
+@pytest.mark.parametrize("names, error, text", [
+    ("abc", TypeError, "class_names wants a list of texts in their order, got str"), (None, TypeError, "got NoneType"),
+    (3, TypeError, "class_names wants a list"),
+    ({"a": 0, "b": 1, "c": 2}, TypeError, "wants a list"), ({"a", "b", "c"}, TypeError, "wants a list"),
+    (torch.arange(3), TypeError, "is no text"), ([0, 1, 2], TypeError, "class_names[0] = 0 is no text"),
+    (["a", None, "c"], TypeError, "class_names[1] = None"), (["a", "b", ""], ValueError, "class_names[2] = '' is empty"),
+    ([], ValueError, "is empty")])
+def test_class_names_that_are_none(task, names, error, text):
+    with pytest.raises(error, match=re.escape(text)): Task("demo", "natural", names, task.train, task.val, task.test)
+
+
+@pytest.mark.parametrize("change, error, text", [
+    ({"name": ""}, ValueError, "name = '' is empty"), ({"name": None}, TypeError, "name = None is not a string"),
+    ({"group": " "}, ValueError, "group"), ({"group": 3}, TypeError, "group = 3"), ({"val": None}, TypeError, "val is of type None"),
+    ({"source": "drawn"}, TypeError, "source = 'drawn' is not a dict"),
+    ({"test": (1, 2)}, TypeError, "test is of type tuple, not a Split: give Split(images, labels)")])
+def test_tasks_of_wrong_things(task, change, error, text):
+    with pytest.raises(error, match=re.escape(text)): Task(**vars(task) | change)
+
+
+DAMAGE = {
+    "no metadata": (lambda about: None, "its metadata has no key 'task'"), "no json": (lambda about: "{", "Expecting"),
+    "a list": (lambda about: "[1]", "task wants a mapping"),
+    "a key is gone": (lambda about: json.dumps({k: v for k, v in about.items() if k != "class_names"}), "task lacks class_names"),
+    "an unknown key": (lambda about: json.dumps(about | {"licence": "x"}), "unknown key 'licence'"),
+    "names are a string": (lambda about: json.dumps(about | {"class_names": "abc"}), "task.class_names = 'abc' is not a list"),
+    "names are numbers": (lambda about: json.dumps(about | {"class_names": [0, 1, 2]}), "task.class_names[0] = 0 is not of type str"),
+    "too few names": (lambda about: json.dumps(about | {"class_names": ["a"]}), "label 2, outside 0..0"),
+    "a source is text": (lambda about: json.dumps(about | {"source": "x"}), "task.source = 'x' is not of type dict"),
+    "a name is a number": (lambda about: json.dumps(about | {"name": 3}), "task.name = 3 is not of type str")}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_metadata_is_told_with_path_key_and_remedy(task, tmp_path, damage):
+    from safetensors.torch import load_file, save_file
+    change, text = DAMAGE[damage]
+    path = task.save(tmp_path / "demo.safetensors")
+    written = change({key: getattr(task, key) for key in ("name", "group", "class_names", "source")})
+    save_file(load_file(path), path, None if written is None else {"task": written})
+    with pytest.raises(ValueError, match="demo.safetensors is not a complete task file .*: delete it and write it again") as caught:
+        Task.load(path)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("key, value, text", [
+    ("val.images", None, "val.images"), ("test.labels", None, "test.labels"),
+    ("val.images", torch.zeros(6, 3, 32, 32), "val: images are torch.float32"),
+    ("train.labels", torch.zeros(3, dtype=torch.int64), "train: 12 images but labels of shape (3,)")])
+def test_damaged_tensors_are_told_with_path_and_part(task, tmp_path, key, value, text):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+    path = task.save(tmp_path / "demo.safetensors")
+    with safe_open(path, "pt") as file: about = file.metadata()
+    tensors = load_file(path)
+    if value is None: del tensors[key]
+    else: tensors[key] = value
+    save_file(tensors, path, about)
+    with pytest.raises(ValueError, match="demo.safetensors is not a complete task file .*: delete it") as caught: Task.load(path)
+    assert text in str(caught.value)
 
 
 def test_trainval_is_train_then_val(task):

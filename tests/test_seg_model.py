@@ -463,8 +463,10 @@ def test_the_decoder_is_mmsegmentations():
 @pytest.mark.parametrize("name, file", [("ade20k", "ade20k.py"), ("pascal_context", "pascal_context.py")])
 def test_transforms_and_schedules_are_mmsegmentations(name, file):
     stock, recipe = Config.fromfile(CONFIGS / "_base_/datasets" / file), SEG_RECIPES[name]
+    reads = {"LoadImageFromFile": "mmseg.LoadPicture", "LoadAnnotations": "mmseg.LoadMask"}   # the same numbers, by the package's decoder
     plain = lambda steps: [
         {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in step.items() if k not in ("reduce_zero_label", "backend_args")}
+        | {"type": reads.get(step["type"], step["type"])}
         for step in steps
     ]
     theirs = plain(stock.train_pipeline.to_dict() if hasattr(stock.train_pipeline, "to_dict") else stock.train_pipeline)

@@ -35,9 +35,21 @@ from mmengine.registry import DefaultScope
 from mmseg.evaluation import IoUMetric
 
 from hierprompt.pipeline.segmentation_cells import most_frequent
-from hierprompt.seg.tasks import DATASETS, SEG_TASKS, coloured, dataset_config, inspect_pair, overlay, show_samples, verify, write_task
+from hierprompt.seg.tasks import (
+    DATASETS,
+    LOAD,
+    SEG_TASKS,
+    coloured,
+    dataset_config,
+    inspect_pair,
+    overlay,
+    read_mask,
+    show_samples,
+    verify,
+    write_task,
+)
 
-LOAD = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}]
+THEIRS = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}]
 
 
 @pytest.fixture(autouse=True)
@@ -395,6 +407,69 @@ def test_a_tree_goes_through_the_training_transforms(written):
         and item["data_samples"].gt_sem_seg.data.shape == (1, 28, 28)
         and item["data_samples"].metainfo["flip"]
     )
+
+
+# --- one decoder
+
+
+@pytest.mark.parametrize("name", SEG_TASKS)
+def test_pictures_and_masks_are_those_of_mmsegmentation(name, trees):
+    "Where nothing has to be turned or laid on white; JPEG within what two decoders differ by."
+    for split in PARTS:
+        for mine, theirs in zip(*(DATASETS.build(dataset_config(name, trees[name], split, steps)) for steps in (LOAD, THEIRS))):
+            assert set(mine) == set(theirs) and mine["seg_fields"] == theirs["seg_fields"]
+            assert all(mine[key] == theirs[key] for key in ("img_shape", "ori_shape", "img_path", "seg_map_path"))
+            assert (mine["gt_seg_map"] == theirs["gt_seg_map"]).all() and mine["gt_seg_map"].dtype == theirs["gt_seg_map"].dtype
+            apart = np.abs(mine["img"].astype(int) - theirs["img"]).max()
+            assert mine["img"].dtype == np.uint8 and apart <= (0 if name in RECIPES else 3)
+
+
+def test_chosen_classes_are_renamed_as_mmsegmentation_does(trees):
+    chosen = {"metainfo": {"classes": ["sky", "wall"]}}
+    ours, theirs = (DATASETS.build(dataset_config("ade20k", trees["ade20k"], "train", steps) | chosen) for steps in (LOAD, THEIRS))
+    assert all((a["gt_seg_map"] == b["gt_seg_map"]).all() for a, b in zip(ours, theirs))
+
+
+def turned(path, orientation, stored):
+    "The file again, stored as told, with an EXIF entry."
+    with Image.open(path) as old: picture = old.copy()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.transpose(stored).save(path, exif=exif, **({"quality": 95} if path.suffix == ".jpg" else {}))
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_picture_that_its_entry_turns_and_its_mask(both, trees):
+    image, mask = one(trees["ade20k"], "ade20k")
+    dataset = DATASETS.build(dataset_config("ade20k", trees["ade20k"], "val", LOAD))
+    place = next(i for i, info in enumerate(dataset.load_data_list()) if info["img_path"].endswith(image.name))
+    before = dataset[place]
+    for path in (image, mask)[:1 + both]: turned(path, 6, Image.Transpose.ROTATE_90)
+    verify("ade20k", trees["ade20k"])
+    after = dataset[place]
+    assert (before["gt_seg_map"] == after["gt_seg_map"]).all() and before["img"].shape == after["img"].shape
+    assert np.abs(before["img"].astype(int) - after["img"]).mean() < 8
+
+
+def test_a_mask_drawn_on_the_lying_picture_is_refused(trees):
+    image, mask = one(trees["ade20k"], "ade20k")
+    turned(image, 6, Image.Transpose.ROTATE_90)
+    with Image.open(mask) as old: lying = old.transpose(Image.Transpose.ROTATE_90)
+    lying.save(mask)
+    with pytest.raises(ValueError) as caught: verify("ade20k", trees["ade20k"])
+    assert f"mask {mask} is 32 x 40 pixels, its image {image.name} is 40 x 32" in str(caught.value)
+
+
+def test_a_bad_file_is_named_while_training_too(trees):
+    image, mask = one(trees["ade20k"], "ade20k")
+    dataset = DATASETS.build(dataset_config("ade20k", trees["ade20k"], "val", LOAD))
+    place = next(i for i, info in enumerate(dataset.load_data_list()) if info["img_path"].endswith(image.name))
+    mask.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"cannot decode mask {mask}: the file is empty"): dataset[place]
+    mask.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    with pytest.raises(ValueError, match="it is none of JPEG"): read_mask(mask)
+    image.write_bytes(image.read_bytes()[:200])
+    with pytest.raises(ValueError, match=f"cannot decode image {image}"): dataset[place]
 
 
 # --- verification

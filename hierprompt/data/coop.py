@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core import digest, read_json, to_dict
 from .fewshot import SEEDS, SHOTS, TEMPLATES, FewShot, plan, prompt_name
-from .listing import FileTask, Finding, Listing, Report, check_listings, read_split, verify_tasks
+from .listing import FileTask, Finding, Listing, Report, check_listings, is_clutter, read_splits, verify_tasks
 from .preprocess import Preprocess, get_preprocess
 from .tasks import PARTS, Task
 
@@ -118,9 +118,9 @@ def _lines(file: Path) -> list[list[str]]:
     return [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_clutter(path.name))
 
-def _files(folder: Path) -> list[str]: return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+def _files(folder: Path) -> list[str]: return sorted(path.name for path in folder.iterdir() if not is_clutter(path.name))
 
 def class_folders(images: str, ignored: Sequence[str] = ()) -> Callable[[Path], Parts]:
     "Reader of a set with one folder per class, labels in their sorted order."
@@ -257,7 +257,7 @@ class CoopTask(FileTask):
         return names
 
     def classes(self, parts: Mapping[str, NamedListing], strict: bool) -> list[str]:
-        "Class names as prompts want them; without `strict` as many as the lists hold."
+        "Class names as prompts want them; without `strict` as many as the lists hold. CLIP's names of ImageNet have sunglasses twice."
         names = self._names(parts)
         count = self.num_classes if strict else max(names, default=-1) + 1
         return [min(names.get(label, {f"class {label}"})) for label in range(count)]
@@ -302,7 +302,7 @@ class CoopTask(FileTask):
         if faults: raise ValueError(_told(self.name, folder, faults))
         lists = [part for part in ("train", "val") if len(parts[part])]
         few = plan({part: parts[part].files for part in lists}, {part: parts[part].labels for part in lists}, shots, seeds)
-        splits = {p: read_split(one, how, image_size, cache, f"{self.name} {p}") for p, one in _chosen(parts, few).items()}
+        splits = read_splits(_chosen(parts, few), how, image_size, cache, self.name)
         return Task(self.name, self.group, self.classes(parts, strict), **splits, source=self._source(parts, how, few))
 
     def _source(self, parts: Mapping[str, NamedListing], how: Preprocess, few: FewShot) -> dict:

@@ -14,27 +14,35 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..core import atomic_path, kind_of, list_of_texts, rng, whole_number
+from ..core import atomic_path, from_dict, kind_of, list_of_texts, rng, whole_number
 
 # %% ../../nbs/data/20_tasks.ipynb #45275774
+def _tensor(value, what: str) -> torch.Tensor:
+    "`value` itself; anything but a tensor raises `TypeError` with the remedy."
+    if isinstance(value, torch.Tensor): return value
+    remedy = {"images": "torch.from_numpy(array) makes one of a numpy array (N, 3, S, S) uint8, load_task('folder', root=...) of files",
+              "labels": "torch.as_tensor(labels) makes one of a list or a numpy array"}[what]
+    raise TypeError(f"{what} are {kind_of(value)}, not a tensor: {remedy}")
+
 @dataclass
 class Split:
-    "Images as bytes with their labels, in memory; what is no tensor raises `TypeError`, anything else than square uint8 RGB `ValueError`."
+    "Images as bytes with their labels; no tensors raise `TypeError`, anything else than square uint8 RGB `ValueError`."
     images: torch.Tensor  # (N, 3, S, S) uint8
-    labels: torch.Tensor  # (N,) int64
+    labels: torch.Tensor  # (N,) int64, on the same device
 
     def __post_init__(self):
-        for name, remedy in (("images", "torch.from_numpy(images)"), ("labels", "torch.tensor(labels)")):
-            given = getattr(self, name)
-            if not isinstance(given, torch.Tensor): raise TypeError(f"{name} are {kind_of(given)}, no tensor: {remedy} makes one")
-        shape = tuple(self.images.shape)
+        shape = tuple(_tensor(self.images, "images").shape)
         if self.images.dtype != torch.uint8:
             raise ValueError(f"images are {self.images.dtype}, not torch.uint8 in 0..255")
         if len(shape) != 4 or shape[1] != 3: raise ValueError(f"images have shape {shape}, not (N, 3, S, S)")
         if shape[2] != shape[3]: raise ValueError(f"images are {shape[2]} x {shape[3]}, not square: resize them first")
-        if self.labels.dtype != torch.int64: raise ValueError(f"labels are {self.labels.dtype}, not torch.int64")
+        if shape[2] == 0: raise ValueError(f"images have shape {shape}: no pixel")
+        if _tensor(self.labels, "labels").dtype != torch.int64:
+            raise ValueError(f"labels are {self.labels.dtype}, not torch.int64: give labels.long()")
         if self.labels.shape != shape[:1]:
             raise ValueError(f"{shape[0]} images but labels of shape {tuple(self.labels.shape)}")
+        if self.images.device != self.labels.device:
+            raise ValueError(f"images are on {self.images.device}, labels on {self.labels.device}: move both to one device")
 
     def __repr__(self) -> str:
         "How many images of which size, not the images."
@@ -74,10 +82,16 @@ def show_images(images: torch.Tensor,  # (N, 3, S, S) uint8; the first `n` are s
     plt.close(figure)
     return figure
 
+def _text(value, what: str) -> str:
+    "`value` itself; anything but a string raises `TypeError`, an empty one `ValueError`."
+    if not isinstance(value, str): raise TypeError(f"{what} = {value!r} is not a string")
+    if not value.strip(): raise ValueError(f"{what} = {value!r} is empty: give a name")
+    return value
+
 @dataclass
 class Task:
-    """Train, val and test of one data set; a label outside the classes or splits of different size raise `ValueError`, names that are no
-    list of texts, and parts that are no splits, `TypeError`."""
+    """Train, val and test of one data set; a label outside the classes, splits of different size, names that are empty raise `ValueError`,
+    things of another type `TypeError`. Two classes may have one name, as in CLIP's list for ImageNet."""
     name: str               # as `load_task` knows it
     group: str              # what a table averages it in: "natural", "specialized", "structured", "fine_grained", ...
     class_names: list[str]  # C names; position = label
@@ -87,7 +101,11 @@ class Task:
     source: dict = field(default_factory=dict)  # origin, licence, protocol, preprocess, counts
 
     def __post_init__(self):
+        for key in ("name", "group"): _text(getattr(self, key), key)
         self.class_names = list_of_texts(self.class_names, "class_names")
+        if not self.class_names: raise ValueError("class_names is empty: give one name a class")
+        for i, name in enumerate(self.class_names): _text(name, f"class_names[{i}]")
+        if not isinstance(self.source, dict): raise TypeError(f"{self.name}: source = {self.source!r} is not a dict")
         for part in PARTS: self._check(part)
         sizes = {part: getattr(self, part).images.shape[-1] for part in PARTS}
         if len(set(sizes.values())) > 1:
@@ -125,15 +143,15 @@ class Task:
 
     @classmethod
     def load(cls, path: str | Path) -> "Task":
-        "Reads what `save` wrote; a missing, damaged or foreign file raises an error that names it."
+        "Reads what `save` wrote; a missing file raises `FileNotFoundError`, a damaged or foreign one `ValueError`, both with its name."
         if not Path(path).is_file(): raise FileNotFoundError(f"task file {path} does not exist")
         try:
             with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["task"])
-                splits = {p: Split(file.get_tensor(f"{p}.images"), file.get_tensor(f"{p}.labels")) for p in PARTS}
-        except (SafetensorError, KeyError) as error:
+                if "task" not in (about := file.metadata() or {}): raise ValueError("its metadata has no key 'task'")
+                facts = from_dict(_Facts, json.loads(about["task"]), "task")
+                return cls(**vars(facts), **{part: _read_split(file, part) for part in PARTS})
+        except (SafetensorError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a complete task file ({error}): delete it and write it again") from error
-        return cls(**about, **splits)
 
     def show(self, part: str = "train", n: int = 8, seed: int = 0):
         "A row of random images of one split with their class names."
@@ -147,3 +165,16 @@ class Task:
                 **{k: v for k, v in self.source.items() if k not in ("counts", "fewshot")}}
         if few := self.source.get("fewshot"): rows["few-shot"] = f"{few['shots']} a class, seeds {', '.join(few['rows'])}"
         return "\n".join([f"| {self.name} | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
+
+@dataclass
+class _Facts:
+    "What a task file says besides its tensors."
+    name: str
+    group: str
+    class_names: list[str]
+    source: dict
+
+def _read_split(file, part: str) -> Split:
+    "One split of an open task file; tensors that make none raise `ValueError` with the part."
+    try: return Split(file.get_tensor(f"{part}.images"), file.get_tensor(f"{part}.labels"))
+    except ValueError as error: raise ValueError(f"{part}: {error}") from error

@@ -27,7 +27,6 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmseg.evaluation import IoUMetric
 from mmseg.models.segmentors import SegTTAModel
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..core import atomic_path, rng, rng_seed, to_dict
+from ..data.preprocess import decode
 from .recipes import SegRecipe
 from hierprompt.seg.segmentor import (
     Draws,
@@ -307,7 +307,7 @@ def predictions(model: PromptedEncoderDecoder,
                 dataset: Dataset,        # with the transforms of the single-scale test
                 rows: Sequence[int],
                ) -> list[dict]:          # stem, image (H, W, 3), truth (H, W), prediction (H, W); bytes
-    "Some pictures as they are stored, with their masks and what the model makes of them."
+    "Some pictures in the size of their files, with their masks and what the model makes of them."
     found = []
     for row in rows:
         with torch.no_grad(): sample = model.test_step(pseudo_collate([dataset[row]]))[0]
@@ -315,7 +315,7 @@ def predictions(model: PromptedEncoderDecoder,
         found.append(
             dict(
                 stem=Path(sample.img_path).stem,
-                image=np.asarray(Image.open(sample.img_path).convert("RGB")),
+                image=np.asarray(decode(sample.img_path)),
                 truth=mask(sample.gt_sem_seg),
                 prediction=mask(sample.pred_sem_seg),
             )

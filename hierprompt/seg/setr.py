@@ -16,6 +16,7 @@ from ..core import lookup
 from ..engine.hosts import NORMALIZE
 from .backbone import read_blocks
 from .recipes import SegRecipe
+from .tasks import LOAD
 
 # %% ../../nbs/seg/60_setr.ipynb #8f9a6f0a
 class Facts(NamedTuple):
@@ -143,25 +144,27 @@ def train_pipeline(recipe: SegRecipe,
                   ) -> list[dict]:
     "Transforms of the training pictures, the classes of the crop at the end."
     colours = [dict(type="PhotoMetricDistortion")] if recipe.photometric else []
-    return [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"),
+    return [*LOAD,
             dict(type="RandomResize", scale=tuple(recipe.scale), ratio_range=tuple(recipe.ratio_range), keep_ratio=True),
             dict(type="RandomCrop", crop_size=(recipe.crop, recipe.crop), cat_max_ratio=recipe.cat_max_ratio),
             dict(type="RandomFlip", prob=recipe.flip), *colours, dict(type="PackPresent", background=background)]
 
 def single_scale_pipeline(recipe: SegRecipe) -> list[dict]:
     "Transforms of the single-scale test; the mask keeps its size."
+    picture, mask = LOAD
     return [
-        dict(type="LoadImageFromFile"),
+        picture,
         dict(type="Resize", scale=tuple(recipe.scale), keep_ratio=True),
-        dict(type="LoadAnnotations"),
+        mask,
         dict(type="PackSegInputs"),
     ]
 
 def tta_pipeline(recipe: SegRecipe) -> list[dict]:
     "Transforms of the multi-scale test."
+    picture, mask = LOAD
     sizes = [dict(type="Resize", scale_factor=ratio, keep_ratio=True) for ratio in recipe.tta_ratios]
     flips = [dict(type="RandomFlip", prob=prob, direction="horizontal") for prob in (0.0, 1.0)]
     return [
-        dict(type="LoadImageFromFile"),
-        dict(type="TestTimeAug", transforms=[sizes, flips, [dict(type="LoadAnnotations")], [dict(type="PackSegInputs")]]),
+        picture,
+        dict(type="TestTimeAug", transforms=[sizes, flips, [mask], [dict(type="PackSegInputs")]]),
     ]
