@@ -58,7 +58,7 @@ def test_a_generator_of_names(clip, tmp_path):
 
 @pytest.mark.parametrize(
     "names",
-    ["ad", b"ad", None, 3, {0: "cat", 1: "dog"}, {"cat": 0, "dog": 1}, {"cat", "dog"}, frozenset(["cat", "dog"]), np.array("cat"),
+    ["ad", b"ad", None, 3, {0: "cat", 1: "dog"}, {"cat": 0, "dog": 1}, {"cat"}, frozenset(["cat"]), np.array("cat"),
      np.array([["cat", "dog"]]), pd.DataFrame({"name": ["cat", "dog"]})],
     ids=str,
 )
