@@ -252,6 +252,11 @@ def test_unknown_names_and_options(trees):
     with pytest.raises(KeyError, match="unknown task 'dsprites'"): vtab.verify(trees / "vtab", ["dsprites"])
 
 
+@pytest.mark.parametrize("name", [None, 5, ["folder"], {"folder"}])
+def test_names_that_are_no_strings(name):
+    with pytest.raises(KeyError, match="unknown task .*Known: .*folder"): load_task(name)
+
+
 def test_unknown_task_is_refused_with_a_hint():
     with pytest.raises(KeyError, match="unknown task 'cifar10'.*Did you mean 'cifar100'"): load_task("cifar10")
 

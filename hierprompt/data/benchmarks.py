@@ -45,7 +45,7 @@ def load_task(name: str,                  # one of `list_tasks()`
     Without `preprocess` a published benchmark takes "paper" and the task "folder" the antialiased "backbone". Options: `strict` and `cache`
     of VTAB-1k, FGVC and "coop"; `seed` and `cache` of "folder"; `shots` and `seeds` of "coop" and "embedded_clip"."""
     image_size = whole_size(image_size)
-    benchmark = next((key for key in BENCHMARKS if name in benchmark_tasks(key)), None)
+    benchmark = next((key for key in BENCHMARKS if isinstance(name, str) and name in benchmark_tasks(key)), None)
     if benchmark is None: lookup(dict.fromkeys(list_tasks()), name, "task")
     task = benchmark_tasks(benchmark)[name]
     if preprocess is None: preprocess = PRESETS.get(benchmark, "paper")

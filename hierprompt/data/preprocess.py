@@ -160,9 +160,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _on_white(image: Image.Image) -> Image.Image:
     "RGB; what is transparent shows white."
-    if not image.has_transparency_data: return image.convert("RGB")
+    if not image.has_transparency_data: return image if image.mode == "RGB" else image.convert("RGB")  # Pillow would make a copy
     if image.mode == "La": image = image.convert("LA")  # premultiplied; Pillow would drop its alpha
-    image = image.convert("RGBA")
+    if image.mode != "RGBA": image = image.convert("RGBA")
     ground = Image.new("RGB", image.size, "white")
     ground.paste(image, mask=image.getchannel("A"))
     return ground
