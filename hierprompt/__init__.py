@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = face(__name__, {
     "engine.registry": ("list_methods",),
-    "engine.tuned": ("TunedModel", "load_tuned", "tune"),
+    "engine.saved": ("load_tuned",),
+    "engine.tuned": ("TunedModel", "tune"),
     "engine.accounting": ("count_macs", "count_parameters"),
     "backbones.pretrained": ("load_backbone",),
     "clip.model": ("load_clip",),
@@ -17,5 +18,6 @@ __getattr__, __dir__, __all__ = face(__name__, {
     "data.benchmarks": ("list_tasks", "load_task"),
     "data.tasks": ("Split", "Task"),
     "training.loop": ("evaluate", "fit"),
+    "training.predict": ("Prediction", "predict"),
     "training.recipes": ("RECIPES", "Recipe", "recipe"),
 })

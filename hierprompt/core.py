@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['shown', 'NAME', 'REMEDY', 'FRACTION', 'CHECKOUT', 'MARK', 'PURPOSES', 'lookup', 'whole_number', 'real_number',
            'kind_of', 'list_of_texts', 'check_names', 'from_dict', 'to_dict', 'within', 'atomic_path', 'write_json',
-           'parse_json', 'read_json', 'parse_word', 'parse_yaml', 'read_yaml', 'project_root', 'enter_project',
-           'sha256_file', 'digest', 'rng_seed', 'rng', 'face', 'need']
+           'parse_json', 'read_json', 'parse_word', 'parse_yaml', 'read_yaml', 'foreign_content', 'project_root',
+           'enter_project', 'sha256_file', 'digest', 'rng_seed', 'rng', 'face', 'need']
 
 # %% ../nbs/00_core.ipynb #fc35d9d2
 import dataclasses
@@ -20,6 +20,7 @@ import os
 import re
 import reprlib
 import secrets
+import stat
 import sys
 import types
 import typing
@@ -207,12 +208,16 @@ def within(where: str):  # the file, or the entry of it
 # %% ../nbs/00_core.ipynb #99fb868f
 @contextmanager
 def atomic_path(path: str | Path):  # where the complete file shall stand
-    "Yields a temporary path beside `path`; renames it on success, removes it when the body fails."
+    "Yields a temporary path beside `path`; renames it on success, removes it when the body fails; its mode is any new file's."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode   # what the umask leaves; some writers, safetensors among them, set another
+    temporary.unlink()
     try:
         yield temporary
+        if temporary.stat().st_mode != mode: temporary.chmod(stat.S_IMODE(mode))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -349,6 +354,15 @@ def read_yaml(path: str | Path) -> dict:
     values = parse_yaml(_read_text(path, "save it as UTF-8"), path)
     if not isinstance(values, dict): raise ValueError(f"{path} holds {shown(values)}, not a mapping of settings")
     return values
+
+# %% ../nbs/00_core.ipynb #8b65da87
+def foreign_content(path: str | Path) -> str | None:  # what it is, and the remedy; None: none of these
+    "Whether a file is empty, a pointer of Git LFS or a web page in place of what its name says."
+    with open(path, "rb") as file: head = file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if not head: return "it is empty"
+    if head.startswith(b"version https://git-lfs"): return "it is only a Git LFS pointer: fetch the file itself with `git lfs pull`"
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")): return "it is a web page: download the file that the page offers, not the page"
+    return None
 
 # %% ../nbs/00_core.ipynb #a826799f
 CHECKOUT = Path(importlib.util.find_spec("hierprompt").origin).resolve().parents[1]   # the folder that holds the package

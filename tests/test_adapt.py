@@ -16,7 +16,7 @@ from hierprompt.clip.model import CLIP, load_clip
 from hierprompt.clip.prompted import tune_clip
 from hierprompt.engine.accounting import count_parameters
 from hierprompt.engine.block_loop import Context, Segment, causal
-from hierprompt.engine.tuned import load_tuned
+from hierprompt.engine.saved import load_tuned
 from hierprompt.methods.adapt.adapt import AdaptConfig
 from hierprompt.methods.adapt.pruning import DEFAULT_REDUCTION, REDUCTIONS, PruningConfig, make_schedule, num_events, token_scores
 from hierprompt.methods.adapt.reference import reference_logits, reference_run, reference_score

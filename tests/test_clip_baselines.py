@@ -9,7 +9,7 @@ from hierprompt.clip.model import CLIP, load_clip
 from hierprompt.clip.prompted import tune_clip
 from hierprompt.clip.tokens import CutTokenizer, FullTokenizer
 from hierprompt.data.tasks import Split
-from hierprompt.engine.tuned import load_tuned
+from hierprompt.engine.saved import load_tuned
 from hierprompt.methods.clip.lamm import shortest_name
 from hierprompt.methods.clip.prograd import surgery
 from hierprompt.training.loop import fit

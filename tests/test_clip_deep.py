@@ -14,7 +14,7 @@ from hierprompt.clip.prompted import tune_clip
 from hierprompt.clip.tokens import FullTokenizer
 from hierprompt.engine.accounting import count_macs, count_parameters, count_text_macs
 from hierprompt.engine.block_loop import Context
-from hierprompt.engine.tuned import load_tuned
+from hierprompt.engine.saved import load_tuned
 from hierprompt.methods.clip.plot import sinkhorn
 from hierprompt.papers.adapt_counts import context_parameters, maple_parameters
 

@@ -18,7 +18,8 @@ from hierprompt.backbones.pretrained import load_backbone
 from hierprompt.engine.accounting import count_macs, count_parameters
 from hierprompt.engine.block_loop import Context
 from hierprompt.engine.registry import list_methods
-from hierprompt.engine.tuned import load_tuned, tune
+from hierprompt.engine.saved import load_tuned
+from hierprompt.engine.tuned import tune
 from hierprompt.methods.davpt.class_map import ClassMeans, few_per_class
 from hierprompt.methods.davpt.guidance import one_of
 from hierprompt.methods.davpt.metric_losses import METRICS, metric_settings

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from hierprompt.engine.accounting import count_macs, count_parameters
 from hierprompt.engine.registry import list_methods, tuner_class
-from hierprompt.engine.tuned import TunedModel, load_tuned, tune
+from hierprompt.engine.saved import load_tuned
+from hierprompt.engine.tuned import TunedModel, tune
 
 METHODS = list_methods("vit")
 CASES = [(m, p) for m in METHODS for p in tuner_class(m).presets]

@@ -25,7 +25,7 @@ from hierprompt.clip.model import load_clip
 from hierprompt.core import read_json
 from hierprompt.data.tasks import Task
 from hierprompt.engine.registry import method_code
-from hierprompt.engine.tuned import load_tuned
+from hierprompt.engine.saved import load_tuned
 from hierprompt.papers.davpt_settings import released_settings
 from hierprompt.pipeline.cell_settings import cell_candidates, cell_hash
 from hierprompt.pipeline.command_line import main

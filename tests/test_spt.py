@@ -15,7 +15,8 @@ from hierprompt.data.tasks import Split
 from hierprompt.engine.accounting import count_parameters
 from hierprompt.engine.block_loop import Context
 from hierprompt.engine.hosts import as_host
-from hierprompt.engine.tuned import load_tuned, tune
+from hierprompt.engine.saved import load_tuned
+from hierprompt.engine.tuned import tune
 from hierprompt.methods.vit.spt import (
     Behind,
     LowRank,

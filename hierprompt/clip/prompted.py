@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from .class_prompts import ClassPrompts, TextTuner, check_names, fill, text_features, text_state, unit
 from .model import CLIP
+from .tokens import tokenizer_facts
 from ..core import kind_of, lookup, rng, rng_seed
 from ..engine.block_loop import Context, Engine, Method, Tuner, full_precision
 from ..engine.checks import check_weights
 from ..engine.hosts import weights_sha256
+from ..engine.identity import NetworkIdentity, network_identity
 from ..engine.registry import method_class
 from ..engine.tuned import Trainable, class_config
 
@@ -196,14 +198,27 @@ class PromptedCLIP(Trainable):
         "What `tune_clip` was given besides the method's settings, as plain data."
         return dict(class_names=self.class_names, templates=self.templates)
 
+    def identity(self) -> NetworkIdentity:
+        "The CLIP: both towers, the scale between them and the tokenizer."
+        return self.identify(self.clip, self.arguments())
+
+    @classmethod
+    def identify(cls, clip: CLIP, arguments: Mapping, trained: Sequence[str] = ()) -> NetworkIdentity:
+        "What `identity` would say of a model on this CLIP; `TypeError` for what is none."
+        if not isinstance(clip, CLIP): raise TypeError(f"a model on a CLIP wants a CLIP, not a {type(clip).__name__}: load_clip(name)")
+        facts = {"depth": [clip.image.depth, clip.text.depth], **{name: [*clip.image.default_cfg[name]] for name in ("mean", "std")}}
+        scales = {name: getattr(clip.model, name, None) for name in ("logit_scale", "logit_bias")}
+        facts |= {name: None if value is None else value.item() for name, value in scales.items()}
+        return network_identity(clip.model, clip.image.image_size, {**facts, **tokenizer_facts(clip.tokenizer)}, trained)
+
     def backbone_sha256(self) -> str:
-        "Hash of the CLIP's weights."
+        "What `config.json` of format 1 knows of the CLIP."
         return weights_sha256(self.clip.model.state_dict())
 
     @classmethod
-    def made_again(cls, saved: dict, clip: CLIP) -> "PromptedCLIP":
+    def made_again(cls, method: str, config: Mapping, arguments: Mapping, clip: CLIP) -> "PromptedCLIP":
         "The model that a `config.json` describes, untrained."
-        return tune_clip(clip, saved["method"], saved["class_names"], templates=saved["templates"], **saved["config"])
+        return tune_clip(clip, method, **arguments, **config)
 
     def train(self, mode: bool = True):
         "Training mode for the method; the frozen towers stay in evaluation mode."

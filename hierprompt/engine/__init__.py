@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = face(__name__, {
     "hosts": ("BlockView", "TimmViT", "as_host", "weights_sha256"),
     "block_loop": ("Context", "Engine", "Method", "Segment", "Tuner"),
     "registry": ("list_methods", "register_methods", "tuner_class"),
-    "tuned": ("Trainable", "TunedModel", "load_tuned", "tune"),
+    "tuned": ("Trainable", "TunedModel", "tune"),
+    "saved": ("load_tuned",),
     "accounting": ("count_macs", "count_parameters"),
 })

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from ..core import atomic_path, rng, rng_seed, to_dict, whole_number
+from ..core import atomic_path, foreign_content, rng, rng_seed, to_dict, whole_number
 from ..data.preprocess import augment, center_crop
 from ..data.tasks import Split
 from .checks import check_model, check_precision, check_split, check_trains, usable_device
@@ -289,13 +289,14 @@ def _save_checkpoint(self: Trainer, path: str | Path) -> None:
     with atomic_path(path) as temporary: save_file(state["tensors"], temporary, about)
 
 def _load_checkpoint(self: Trainer, path: str | Path) -> None:
-    "Goes on from a file that `save_checkpoint` wrote; a damaged one, or one of another run, raises `ValueError`."
+    "Goes on from a file that `save_checkpoint` wrote; a missing, damaged or foreign one raises `FileNotFoundError` or `ValueError`."
+    if not Path(path).is_file(): raise FileNotFoundError(f"checkpoint {path} does not exist: start the run without it")
     try:
         with safe_open(path, "pt") as file:
             about = {name: json.loads((file.metadata() or {})[name]) for name in ("counters", "run")}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} is no complete checkpoint ({error}): delete it and start the run again") from error
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no complete checkpoint ({foreign_content(path) or error}): delete it and start the run again") from error
     self.restore({"tensors": tensors, **about})
 
 Trainer.state, Trainer.restore, Trainer.save_checkpoint, Trainer.load_checkpoint = _state, _restore, _save_checkpoint, _load_checkpoint
