@@ -26,7 +26,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path, PurePath
 
 import yaml

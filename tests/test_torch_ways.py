@@ -13,8 +13,6 @@ from timm.layers import DropPath
 from torch import nn
 
 import hierprompt as hp
-from hierprompt.backbones.pretrained import fill_random
-from hierprompt.engine.block_loop import Context
 
 VIT, CLIP, ALL = hp.list_methods("vit"), hp.list_methods("clip"), hp.list_methods()
 NAMES = ["cat", "dog", "house"]
