@@ -423,6 +423,12 @@ def test_what_cannot_be_remembered(vit):
     task = toy()
     with pytest.raises(ValueError, match="class_names has 4 names"): model.remember(task)
     with pytest.raises(TypeError, match="not both"): model.remember(task, class_names=["a", "b"])
-    with pytest.raises(TypeError, match=r"get_preprocess\(name\)"): model.remember(preprocess="paper")
+    for wrong in ("paper", hp.recipe("vpt"), {"resize": "squash"}, type(PREPROCESS["paper"])):
+        with pytest.raises(TypeError, match=r"get_preprocess\(name\)"): model.remember(preprocess=wrong)
+    for wrong in ("toy", ["a", "b"], model):
+        with pytest.raises(TypeError, match="no Task as load_task returns it"): model.remember(wrong)
     with pytest.raises(ValueError, match="the names that it was tuned with"): clip.remember(class_names=["dog", "cat"])
     assert (model.class_names, model.preprocess, clip.class_names) == (None, None, ["cat", "dog"])
+    model.class_names = ["a"]
+    with pytest.raises(ValueError, match="class_names has 1 names"): model.save_pretrained("nowhere")
+    assert not Path("nowhere").exists()

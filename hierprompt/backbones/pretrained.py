@@ -115,8 +115,8 @@ def _why_unreadable(file: Path, error: Exception) -> str:
     "Why a file is not read as weights, with the remedy."
     if found := re.search(r"GLOBAL (\S+)", str(error)):   # of the message of PyTorch's restricted reader
         return (f"it holds a Python object, {found[1]}, which could execute code and is not read: save the tensors alone where the file "
-                "was made, torch.save(model.state_dict(), file); or, if you trust it, load it once with torch.load(file, weights_only=False) "
-                "and save the tensors in it with torch.save")
+                "was made, torch.save(model.state_dict(), file); or, if you trust it, once: torch.load(file, weights_only=False), then "
+                "torch.save of the tensors in it")
     names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
     if any(name.endswith(".npy") for name in names): return "it is an archive of NumPy: give it the suffix .npz"
     if names and not any(name.endswith("data.pkl") for name in names): return f"it is a zip archive of {_some(names)}: unpack it"

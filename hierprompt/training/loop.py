@@ -296,7 +296,7 @@ def _load_checkpoint(self: Trainer, path: str | Path) -> None:
             about = {name: json.loads((file.metadata() or {})[name]) for name in ("counters", "run")}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no complete checkpoint ({foreign_content(path) or error}): delete it and start the run again") from error
+        raise ValueError(f"{path} is no complete checkpoint ({foreign_content(path) or error}): delete it, start the run again") from error
     self.restore({"tensors": tensors, **about})
 
 Trainer.state, Trainer.restore, Trainer.save_checkpoint, Trainer.load_checkpoint = _state, _restore, _save_checkpoint, _load_checkpoint
