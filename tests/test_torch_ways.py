@@ -112,6 +112,41 @@ def test_training_inside_of_remembered(method, images):
     assert all(keeper.kept is None for keeper in model.keepers())
 
 
+@pytest.mark.parametrize("method", ["vpt_deep", "vpt_clip"])
+def test_copies_have_promised_nothing(method, images):
+    model = made(method, images)
+    with model.remembered():
+        logits(model, images)
+        deep, shallow, loaded = copy.deepcopy(model), copy.copy(model), pickle.loads(pickle.dumps(model))
+        for copied in (deep, loaded): assert all(keeper.kept is None for keeper in copied.keepers())
+    for p in frozen_network(model).parameters(): p.data.mul_(1.1)
+    assert torch.equal(logits(shallow, images), logits(model, images))
+
+
+def test_an_average_of_weights(images):
+    "PyTorch's own class for moving averages, swapped in and out of the model."
+    model = made("vpt_deep", images)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    first = logits(model, images)
+    with torch.no_grad():
+        for p in model.trainable().values(): p.add_(1.0)
+    average.update_parameters(model), average.update_parameters(model)
+    swapped = {name: p.data for name, p in model.trainable().items()}
+    for name, p in model.trainable().items(): p.data = average.module.trainable()[name].data
+    assert torch.equal(logits(model, images), logits(average, images)) and not torch.equal(logits(model, images), first)
+    for name, p in model.trainable().items(): p.data = swapped[name]
+    assert torch.equal(logits(model, images), logits(copy.deepcopy(model), images))
+
+
+def test_functional_call(images):
+    model = made("vpt_deep", images)
+    weights = {name: p * 1.5 for name, p in model.named_parameters()}
+    found = torch.func.functional_call(model, weights, (images,))
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(1.5)
+    assert torch.equal(found.detach(), logits(model, images))
+
+
 def test_evaluation_and_training_remember(images):
     model, split = made("vpt_clip", images), hp.Split(images, LABELS)
     encoded, run = [], type(model.text_engine).run
@@ -184,6 +219,15 @@ def test_hooks_see_and_change_what_timm_s_see_and_change(images):
         for s, t in zip(a, b): torch.testing.assert_close(s, t, atol=1e-5, rtol=1e-4)
 
 
+def test_every_other_hook_of_a_backbone_is_called(images):
+    model, called = made("linear", images), set()
+    vit, refused = model.host.vit, ("", "blocks", "head", "head_drop")
+    names = [n for n, m in vit.named_modules() if n not in refused and not n.endswith("attn_drop") and "norm_pre" not in n]
+    for name in names: vit.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
+    model(images)
+    assert called == set(names)
+
+
 def test_hooks_that_cannot_be_called_are_refused(images):
     for place in (lambda vit: vit, lambda vit: vit.blocks):
         model = made("linear", images)
@@ -191,6 +235,9 @@ def test_hooks_that_cannot_be_called_are_refused(images):
         with pytest.raises(TypeError, match="hooks on .* are not called"): model(images)
         handle.remove()
         model(images)
+    handle = model.host.vit.blocks[1].attn.attn_drop.register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match="attention dropout of block 1 are not called"): model(images)
+    handle.remove()
     model.host.vit.blocks[1].attn.register_full_backward_hook(lambda *_: None)
     with pytest.raises(TypeError, match="backward pass on a Attention"): model(images)
     model = made("vpt_clip", images)

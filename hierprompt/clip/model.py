@@ -48,7 +48,7 @@ class OpenCLIPBlock(BlockView):
                 "ResidualAttentionBlock only"
             )
         self.norm1, self.norm2, self.ls1, self.ls2 = block.ln_1, block.ln_2, block.ls_1, block.ls_2
-        self.q_norm = self.k_norm = self.attn_norm = self.attn_drop = same
+        self.q_norm = self.k_norm = self.attn_norm = self.attn_drop = self.drop_path1 = self.drop_path2 = same
         self.num_heads, self.width = attn.num_heads, attn.in_proj_weight.shape[1]
         self.head_dim = self.width // self.num_heads
         self.sites = {"qkv": _InProjection(attn), "proj": attn.out_proj, "fc1": mlp.c_fc, "fc2": mlp.c_proj}

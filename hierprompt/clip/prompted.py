@@ -107,7 +107,7 @@ class PromptedCLIP(Trainable):
         # a tuple: what they hold is registered above
         self._engines = Engine(clip.image, self.tuner.image), Engine(clip.text, self.tuner.text)
         self._set_statistics(clip.image.default_cfg["mean"], clip.image.default_cfg["std"])
-        self.kept = None       # a dictionary while something may be remembered, see `remembered`
+        self.kept = None       # a `Memory` while something may be remembered, see `remembered`
         self.tuner.image_is_frozen, self.tuner.text.learns   # looked at once, while the parameters are there
         self.to(clip.device)
         self.eval()
@@ -148,8 +148,9 @@ class PromptedCLIP(Trainable):
 
     def once(self, name: str, compute: Callable):
         "What `compute` gives from frozen weights, without gradients: inside of `remembered` computed once a device and precision."
-        with nullcontext() if self.kept is None else torch.inference_mode(False), torch.no_grad():
-            if self.kept is None: return compute()
+        may = self.kept is not None and self.kept.holds
+        with torch.inference_mode(False) if may else nullcontext(), torch.no_grad():
+            if not may: return compute()
             key = name, *self._precision()
             if key not in self.kept: self.kept[key] = compute()
             return self.kept[key]

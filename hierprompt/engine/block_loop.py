@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Segment', 'Context', 'causal', 'Method', 'Tuner', 'spread', 'join', 'attention_map', 'take', 'full_precision',
-           'Engine']
+           'Memory', 'Engine']
 
 # %% ../../nbs/engine/20_block_loop.ipynb #3d9deed3
 from collections.abc import Callable, Mapping
@@ -220,6 +220,18 @@ def full_precision(x: Tensor):
     return torch.autocast(x.device.type, enabled=False) if torch.amp.is_autocast_available(x.device.type) else nullcontext()
 
 # %% ../../nbs/engine/20_block_loop.ipynb #f1024a81
+class Memory(dict):
+    "What is remembered while the promise `holds`; a copy of a model remembers nothing."
+    holds = True
+
+    def end(self) -> None:
+        "The promise is over, for shallow copies too."
+        self.holds = False
+        self.clear()
+
+    def __deepcopy__(self, memo): return None
+    def __reduce__(self): return type(None), ()
+
 class Engine(nn.Module):
     "Runs a host's blocks with a tuner's changes."
     def __init__(self, host, tuner: Tuner):
@@ -227,7 +239,7 @@ class Engine(nn.Module):
         if tuner.trains_host(tuner.config): host.check_trainable()
         self.host, self.tuner = host, tuner
         self.drop_path = 0.0   # stochastic depth rate of the last block, growing linearly from 0; active in training only
-        self.kept = None       # a dictionary while something may be remembered, see `TunedModel.remembered`
+        self.kept = None       # a `Memory` while something may be remembered, see `TunedModel.remembered`
 
     def forward(self, images: Tensor, ctx: Context) -> Tensor:
         "As `features`."
@@ -330,9 +342,9 @@ class Engine(nn.Module):
 
     def feed(self, i: int, block: BlockView, x: Tensor, y: Tensor | None, masks: dict[str, Tensor]) -> Tensor:
         "First residual with `y`, what attention adds (None: nothing), MLP, second residual; for the tokens `x` that are read."
-        if y is not None: x = self.add(i, "attn", x, block.ls1(y), masks)
+        if y is not None: x = self.add(i, "attn", x, block.drop_path1(block.ls1(y)), masks)
         y = call(block.mlp, partial(self.mlp, i, block), self.tuner.norm(i, "norm2", block.norm2, x))
-        return self.add(i, "mlp", x, block.ls2(y), masks)
+        return self.add(i, "mlp", x, block.drop_path2(block.ls2(y)), masks)
 
     def add(self, i: int, site: str, x: Tensor, y: Tensor, masks: dict[str, Tensor]) -> Tensor:
         "The residual stream with a branch's result, dropped where the mask says so."
@@ -363,7 +375,8 @@ class Engine(nn.Module):
 
         While `kept` is there, those of a static segment are computed once, in evaluation without gradients. A segment that leads sees
         the (keys, values) of those `before` it."""
-        remembers = self.kept is not None and segment.static and not self.training and not torch.is_grad_enabled()
+        may = self.kept is not None and self.kept.holds and not self.training and not torch.is_grad_enabled()
+        remembers = may and segment.static
         key = i, j, segment.keep, segment.tokens.shape, segment.tokens.device, dtype
         if remembers and key in self.kept: return self.kept[key]
         h = segment.tokens if segment.normed else self.tuner.norm(i, "norm1", block.norm1, segment.tokens)

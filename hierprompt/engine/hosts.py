@@ -60,7 +60,9 @@ class BlockView:
         _check_block(block, index)
         attn, mlp = block.attn, block.mlp
         self.block, self.attn, self.mlp = block, attn, mlp
+        refuse_hooks(attn.attn_drop, f"the attention dropout of block {index}")
         self.norm1, self.norm2, self.ls1, self.ls2 = block.norm1, block.norm2, block.ls1, block.ls2
+        self.drop_path1, self.drop_path2 = block.drop_path1, block.drop_path2   # of a backbone that is frozen they do nothing
         self.q_norm, self.k_norm, self.attn_norm, self.attn_drop = attn.q_norm, attn.k_norm, attn.norm, attn.attn_drop
         self.num_heads, self.head_dim, self.width = attn.num_heads, attn.head_dim, attn.attn_dim
         self.sites = {"qkv": attn.qkv, "proj": attn.proj, "fc1": mlp.fc1, "fc2": mlp.fc2}
@@ -129,6 +131,7 @@ class TimmViT(nn.Module):
         "Views of the blocks as they are now."
         refuse_hooks(self.vit, "a backbone as a whole")
         refuse_hooks(self.vit.blocks, "the sequence of all blocks")
+        refuse_hooks(self.vit.head_drop, "the dropout before a backbone's own classifier")
         return [BlockView(block, i) for i, block in enumerate(self.vit.blocks)]
 
     dim = property(lambda self: self.vit.embed_dim, doc="Width of the tokens, D.")

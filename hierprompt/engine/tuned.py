@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import from_dict, lookup, real_number, rng, rng_seed, whole_number
-from .block_loop import Context, Engine, Tuner
+from .block_loop import Context, Engine, Memory, Tuner
 from .checks import check_images, check_vit, watched
 from .hosts import NORMALIZE, as_host, weights_sha256
 from .identity import NetworkIdentity, network_identity
@@ -95,10 +95,12 @@ class Trainable(nn.Module):
         It is a promise that weights change inside by training in training mode only; outside of it nothing is remembered. `fit` and
         `evaluate` give it."""
         keepers = [keeper for keeper in self.keepers() if keeper.kept is None]
-        for keeper in keepers: keeper.kept = {}
+        for keeper in keepers: keeper.kept = Memory()
         try: yield
         finally:
-            for keeper in keepers: keeper.kept = None
+            for keeper in keepers:
+                keeper.kept.end()
+                keeper.kept = None
 
     def prepare(self, images: Tensor, labels: Tensor, draw: Callable | None = None) -> None:
         """Lets the method look at training images (N, 3, H, W) and labels (N,); `draw(rows)`: some of them as training sees them, None:

@@ -288,7 +288,7 @@ class Guidance(nn.Module):
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         "A saved model has its map, unless it was saved before `prepare`."
-        self.prepared = self.map.fixed or bool(tensors["guidance.map.warm"])
+        self.prepared = self.map.fixed or bool(tensors.get("guidance.map.warm", self.prepared))
 
     def after_epoch(self, epoch: int) -> None:
         "Renews the map when it is due."
