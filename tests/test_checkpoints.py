@@ -94,7 +94,7 @@ def named(prefix, state): return {f"{prefix}{name}": t for name, t in state.item
     lambda s: {"state_dict": named("model.", s)}, lambda s: {"model": named("_orig_mod.module.", s)},
     lambda s: {"teacher": named("module.backbone.", s) | {"module.head.mlp.0.weight": torch.ones(2)}, "student": s},
     lambda s: {"encoder": named("module.", s), "opt": 3}, lambda s: {"backbone.head.weight": torch.ones(3), **named("backbone.", s)},
-], ids=str)
+])
 def test_where_training_codes_put_the_weights(content, state, tmp_path):
     torch.save(content(state), tmp_path/"x.pth")
     assert same(load(tmp_path/"x.pth"), state)

@@ -15,7 +15,8 @@ from test_names import ROOT, small
 import hierprompt
 from hierprompt.backbones.pretrained import load_backbone
 from hierprompt.core import to_dict
-from hierprompt.engine.tuned import load_tuned, tune
+from hierprompt.engine.saved import load_tuned
+from hierprompt.engine.tuned import tune
 from hierprompt.pipeline.profiles import load_profile, write_params
 from hierprompt.pipeline.stage_files import set_profile, update_settings
 from hierprompt.results.metrics import example_metrics, read_metrics
