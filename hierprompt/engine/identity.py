@@ -20,7 +20,7 @@ from .hosts import weights_sha256
 # %% ../../nbs/engine/15_identity.ipynb #f181ad34
 PASSIVE = ("Identity", "Dropout", "DropPath", "PatchDropout", "Sequential", "ModuleList")   # modules that do nothing of their own
 SILENT = ("training", "inplace", "fused_attn", "grad_checkpointing", "dropout", "num_classes", "weight_init_mode", "fix_init",
-          "output_dict", "output_tokens")   # attributes that change no output
+          "init_values", "output_dict", "output_tokens")   # attributes that change no output
 POSITIONS = ("pos_embed", "positional_embedding")   # tensors whose size follows the image's, or the context's
 
 def _is_plain(value) -> bool:
@@ -43,12 +43,12 @@ def _by_block(found: Mapping[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class NetworkIdentity:
     "A frozen network as plain data; two that are equal compute the same."
-    image_size: list[int] | None   # (height, width) in pixels that it was built for; None: any
-    modules: dict[str, str]        # place of a module -> its type
-    settings: dict[str, Any]       # place of a setting -> its value
-    weights: str                   # hash of names, types, shapes and values, without the position tables
-    positions: str                 # hash of the position tables
-    trained: list[str]             # its tensors that a method trains: in no hash
+    image_size: tuple[int, int] | None   # (height, width) in pixels that it was built for; None: any
+    modules: dict[str, str]              # place of a module -> its type
+    settings: dict[str, Any]             # place of a setting -> its value
+    weights: str                         # hash of names, types, shapes and values, without the position tables
+    positions: str                       # hash of the position tables
+    trained: list[str]                   # its tensors that a method trains: in no hash
 
     def differences(self, other: "NetworkIdentity") -> list[str]:
         "In what `other` differs, in words; a setting that only one of the two has is no difference, it came with another library version."
@@ -75,7 +75,7 @@ def network_identity(network: nn.Module,                   # frozen; a classifie
     state = {name: t for name, t in network.state_dict().items() if own(name) and name not in trained}
     tables = {name for name in state if name.split(".")[-1] in POSITIONS}
     return NetworkIdentity(
-        None if image_size is None else list(image_size), _by_block(types), {"dtype": dtype, **facts, **_by_block(settings)},
+        None if image_size is None else tuple(image_size), _by_block(types), {"dtype": dtype, **facts, **_by_block(settings)},
         weights_sha256({name: t for name, t in state.items() if name not in tables}),
         weights_sha256({name: state[name] for name in tables}), sorted(trained))
 

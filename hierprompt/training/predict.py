@@ -32,8 +32,9 @@ def preparation(model) -> tuple[Preprocess, int]:
     if model.stored_size is None:
         if model.host.image_size is not None: return how, model.host.image_size[0]
         raise ValueError("this backbone takes images of any size: say which one it was trained on, model.remember(task)")
-    sizes = (size for size in range(1, model.stored_size + 1) if how.store_size(size) == model.stored_size)
-    if (size := next(sizes, None)) is not None: return how, size
+    near = round(model.stored_size * 224 / (how.short_side or 224))
+    for size in (near - 1, near, near + 1):
+        if size > 0 and how.store_size(size) == model.stored_size: return how, size
     raise ValueError(f"stored_size = {model.stored_size} is no size that {how} makes: model.remember(task) sets both")
 
 # %% ../../nbs/training/50_predict.ipynb #e2a58fa0
