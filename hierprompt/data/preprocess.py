@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PREPROCESS', 'FORMATS', 'LARGE', 'BITS_PER_SAMPLE', 'PHOTOMETRIC', 'DECODER', 'STRIP', 'SCALE', 'RATIO', 'ATTEMPTS',
            'AUGMENT', 'whole_size', 'Preprocess', 'get_preprocess', 'picture_formats', 'picture_suffixes',
-           'open_picture', 'decode', 'to_square', 'random_crop', 'random_flip', 'random_resized_crop', 'center_crop',
-           'Augment', 'augment']
+           'open_picture', 'from_memory', 'decode', 'to_square', 'random_crop', 'random_flip', 'random_resized_crop',
+           'center_crop', 'Augment', 'augment']
 
 # %% ../../nbs/data/10_preprocess.ipynb #82943112
 import math
@@ -166,6 +166,12 @@ def _on_white(image: Image.Image) -> Image.Image:
     ground = Image.new("RGB", image.size, "white")
     ground.paste(image, mask=image.getchannel("A"))
     return ground
+
+def from_memory(image: Image.Image) -> Image.Image:  # mode RGB
+    "A picture of PIL as people see it, as `decode` reads files; the given one stays as it is."
+    image = image.copy()
+    with suppress(Exception): ImageOps.exif_transpose(image, in_place=True)  # what a damaged entry raises
+    return _on_white(_eight_bits(image) if image.mode[0] in "IF" else image)
 
 DECODER = 2  # counted up when the same file becomes other bytes: caches ask for it
 

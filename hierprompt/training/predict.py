@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core import from_dict
+from ..core import from_dict, whole_number
 from ..data.listing import read_images
-from ..data.preprocess import PREPROCESS, Preprocess, to_square
+from ..data.preprocess import PREPROCESS, Preprocess, from_memory, to_square
 from ..data.tasks import Split
 from .loop import _evaluating, evaluation_view
 
@@ -38,7 +38,7 @@ def preparation(model) -> tuple[Preprocess, int]:
     raise ValueError(f"stored_size = {model.stored_size} is no size that {how} makes: model.remember(task) sets both")
 
 # %% ../../nbs/training/50_predict.ipynb #e2a58fa0
-KINDS = "a path, an RGB picture of PIL, or an array or tensor of bytes (H, W, 3) or (3, H, W)"
+KINDS = "a path, a picture of PIL, or an array or tensor of bytes (H, W, 3) or (3, H, W)"
 
 def _as_list(pictures) -> tuple[list, bool]:  # pictures, and whether it was a single one
     "One picture or several, as a list."
@@ -52,20 +52,18 @@ def _check_picture(picture, place: str) -> None:
     if isinstance(picture, (str, os.PathLike)):
         if Path(picture).is_dir(): raise ValueError(f"{place}: {picture} is a folder: give its files, sorted(Path(folder).iterdir())")
         if not Path(picture).is_file(): raise FileNotFoundError(f"{place}: picture {picture} does not exist")
-    elif isinstance(picture, Image.Image):
-        if picture.mode not in ("RGB", "L", "1"):
-            raise ValueError(f"{place} is a picture of mode {picture.mode}: give its file, which is read as those of a task, or "
-                             "picture.convert('RGB')")
     elif isinstance(picture, (np.ndarray, Tensor)):
         if str(picture.dtype).removeprefix("torch.") != "uint8":
             raise TypeError(f"{place} has the type {picture.dtype}: give bytes, uint8 from 0 to 255")
         if picture.ndim != 3 or (picture.shape[0] == 3) == (picture.shape[2] == 3) or not min(picture.shape):
             raise ValueError(f"{place} has the shape {tuple(picture.shape)}, which is neither (H, W, 3) nor (3, H, W)")
-    else: raise TypeError(f"{place} is a {type(picture).__name__}: give {KINDS}")
+    elif not isinstance(picture, Image.Image): raise TypeError(f"{place} is a {type(picture).__name__}: give {KINDS}")
 
-def _rgb(picture) -> Image.Image:
-    "A picture that is no file, as PIL knows it."
-    if isinstance(picture, Image.Image): return picture.convert("RGB")
+def _rgb(picture, place: str) -> Image.Image:
+    "A picture that is no file, as PIL knows it; one that cannot be shown raises `ValueError`."
+    if isinstance(picture, Image.Image):
+        try: return from_memory(picture)
+        except ValueError as error: raise ValueError(f"{place} cannot be read: {error}") from error
     array = np.asarray(picture.cpu() if isinstance(picture, Tensor) else picture)
     return Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0) if array.shape[2] != 3 else array))
 
@@ -77,8 +75,8 @@ def as_evaluated(model,         # what `tune` or `tune_clip` made
     how, size = preparation(model)
     files = [Path(picture) for picture in pictures if isinstance(picture, (str, os.PathLike))]
     read = iter(read_images(files, how, size, what="pictures"))
-    squares = torch.stack([next(read) if isinstance(picture, (str, os.PathLike)) else to_square(_rgb(picture), how, size)
-                           for picture in pictures])
+    squares = torch.stack([next(read) if isinstance(picture, (str, os.PathLike)) else to_square(_rgb(picture, f"pictures[{i}]"), how, size)
+                           for i, picture in enumerate(pictures)])
     return evaluation_view(model, Split(squares, torch.zeros(len(squares), dtype=torch.int64)))
 
 # %% ../../nbs/training/50_predict.ipynb #d2a9fad4
@@ -105,10 +103,6 @@ def _told(model) -> None:
         warnings.warn(f"this model does not know the {' and the '.join(missing)}; classes without a name are numbers, and pictures are "
                       f"prepared by the preset {DEFAULT!r} where nothing else is known: model.remember(task) tells it", stacklevel=3)
 
-def _whole(value, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int): raise TypeError(f"{name} = {value!r} is not a whole number")
-    if value < 1: raise ValueError(f"{name} = {value} is too small: give 1 or more")
-
 def predict(model,                    # what `tune` or `tune_clip` made, on any device; its mode stays
             pictures,                 # paths, pictures of PIL, arrays or tensors of bytes (H, W, 3) or (3, H, W): one or several
             k: int = 5,               # how many classes of each, at most
@@ -121,7 +115,7 @@ def predict(model,                    # what `tune` or `tune_clip` made, on any 
     picture. Logits that are not finite raise `FloatingPointError`."""
     items, single = _as_list(pictures)
     if not items: raise ValueError("no picture was given")
-    for value, name in ((k, "k"), (batch_size, "batch_size")): _whole(value, name)
+    k, batch_size = whole_number(k, "k", 1), whole_number(batch_size, "batch_size", 1)
     for i, picture in enumerate(items): _check_picture(picture, f"pictures[{i}]")
     _told(model)
     found = []
