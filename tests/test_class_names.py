@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from open_clip import IMAGENET_CLASSNAMES
 
 from hierprompt.backbones.pretrained import load_backbone
 from hierprompt.clip.class_prompts import check_names, fill
@@ -147,6 +148,11 @@ def test_imagenet_s_two_pairs(full):
     for one, other in ((657, 744), (836, 837)): names[other] = names[one]
     with pytest.warns(UserWarning, match="classes 657 and 744; .*classes 836 and 837.* at most 99.8 % can be right"):
         check_names(names, full)
+
+
+def test_open_clip_s_names_of_imagenet(full):
+    "998 sentences, or as many as that version of the list has: nothing in it is refused."
+    with warnings.catch_warnings(record=True): assert len(check_names(IMAGENET_CLASSNAMES, full)) == 1000
 
 
 def test_many_names_that_occur_twice_are_counted(full):

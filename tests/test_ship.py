@@ -816,7 +816,7 @@ def test_bad_images_in_prepare(vit6, floats):
 def test_equal_training_images_make_no_clusters(vit6, floats):
     "Fewer different images than clusters: an error or usable prototypes, never a network of NaN."
     model = tune(vit6, "ship", 3, **SMALL)
-    with pytest.raises(ValueError, match="num_prototypes = 7"): model.prepare(floats[:3].repeat(3, 1, 1, 1), LABELS)
+    with pytest.raises(ValueError, match="num_prototypes = 7"): model.prepare(floats[:3].repeat(3, 1, 1, 1), torch.arange(9) % 3)
 
 
 @pytest.mark.parametrize("images", [torch.zeros(0, 3, 32, 32), torch.full((8, 3, 32, 32), float("nan"))], ids=["none", "NaN"])

@@ -83,6 +83,27 @@ def test_drop_path_that_is_no_number(vit, thing):
     with pytest.raises(TypeError, match="drop_path = .* is not a number"): linear(vit, drop_path=thing)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(lr="0.1"), "Recipe.lr = '0.1' is not a number"),
+        (dict(lr=True), "Recipe.lr = True is not a number"),
+        (dict(epochs=30.0), "Recipe.epochs = 30.0 is not a whole number"),
+        (dict(batch_size=None), "Recipe.batch_size = None is not a whole number"),
+        (dict(drop_last=1), "Recipe.drop_last = 1 is neither True nor False"),
+        (dict(compile="no"), "Recipe.compile = 'no' is neither True nor False"),
+        (dict(head_lr=[0.1]), "Recipe.head_lr = .* is not a number"),
+    ],
+)
+def test_recipes_of_wrong_types(change, message):
+    with pytest.raises(TypeError, match=message): hp.Recipe(**change)
+
+
+def test_recipes_with_numbers_of_numpy():
+    made = hp.Recipe(epochs=np.int64(30), lr=np.float32(0.5), lr_batch=None)
+    assert made == hp.Recipe(epochs=30, lr=0.5, lr_batch=None) == from_dict(hp.Recipe, json.loads(json.dumps(to_dict(made))))
+
+
 def test_numbers_in_messages_are_short():
     with pytest.raises(TypeError) as told: whole_number(list(range(10_000)), "epochs")
     assert len(str(told.value)) < 100
@@ -227,12 +248,15 @@ def test_quantised_layers(vit):
     with pytest.raises(TypeError, match="quantised layer"): linear(torch.ao.quantization.quantize_dynamic(vit, {nn.Linear}))
 
 
-def test_a_network_that_became_half_after_tuning(vit, pixels):
+def test_a_network_that_was_moved_after_tuning(vit, pixels):
     for dtype in (torch.float16, torch.bfloat16):
         model = linear(vit.float())
         vit.to(dtype)
         with pytest.raises(TypeError, match=rf"weights are {dtype} now, .* model.to\(torch.float32\) mends it"): model(pixels)
         model.to(torch.float32)(pixels)
+    model = linear(vit)
+    vit.to("meta")
+    with pytest.raises(ValueError, match="the network is on meta now, the rest of the model on cpu"): model(pixels)
 
 
 def test_a_model_in_half_precision_answers_and_does_not_train(vit, split):
@@ -321,8 +345,9 @@ def test_images_that_nobody_is_warned_of(vit, pixels, split):
     model, images = linear(vit), torch.zeros(2, 3, 32, 32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for given in (pixels, normalised(model, pixels), images, images + 1, torch.full_like(images, 2.5), torch.rand(2, 3, 32, 32) * 2 - 1,
-                      pixels[:0], normalised(model, pixels)[:0]): assert model(given).shape == (len(given), 3)
+        for given in (pixels, normalised(model, pixels), images, images * torch.nan, images + 1, torch.full_like(images, 2.5),
+                      torch.rand(2, 3, 32, 32) * 2 - 1, pixels[:0], normalised(model, pixels)[:0]):
+            assert model(given).shape == (len(given), 3)
         fitted(model, split, test=split)
         hp.evaluate(model, split)
         model.diagnostics(pixels)
@@ -350,6 +375,34 @@ def test_numbers_are_looked_at_on_a_cpu_alone_and_while_nobody_watches(vit, pixe
     assert slope.shape == raw.shape
     with torch.no_grad(), pytest.warns(UserWarning): wanted = model(raw)
     for found in (exported(raw), traced(raw), each): assert torch.allclose(found, wanted, atol=1e-5)
+
+
+BAD_LABELS = {
+    "list": (lambda y: y.tolist(), TypeError, r"labels are list, no tensor: torch.tensor\(labels\)"),
+    "numpy": (lambda y: y.numpy(), TypeError, "labels are numpy.ndarray, no tensor"),
+    "None": (lambda y: None, TypeError, "labels are NoneType, no tensor"),
+    "int32": (lambda y: y.int(), ValueError, r"torch.int32 and shape \(12,\) .* give class numbers from 0, \(12,\) torch.int64"),
+    "float": (lambda y: y.float(), ValueError, "type torch.float32"),
+    "too few": (lambda y: y[:5], ValueError, "12 images and 5 labels"),
+    "one-hot": (lambda y: torch.nn.functional.one_hot(y), ValueError, r"type torch.int64 and shape \(12, 3\)"),
+    "a column": (lambda y: y[:, None], ValueError, r"shape \(12, 1\)"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LABELS)
+def test_labels_that_are_refused(vit, pixels, kind):
+    change, error, message = BAD_LABELS[kind]
+    model = hp.tune(vit, "da_vpt", num_classes=3, **OWN_LOSS["da_vpt"])
+    for use in (model.prepare, model.loss):
+        with pytest.raises(error, match=message): use(pixels, change(LABELS))
+        with pytest.raises(TypeError, match="images are numpy.ndarray"): use(pixels.numpy(), LABELS)
+    clip = hp.tune_clip(hp.load_clip("tiny_clip"), "vpt_clip", ["cat", "dog", "lake"])
+    with pytest.raises(error, match=message): clip.loss(pixels, change(LABELS))
+
+
+def test_labels_may_be_probabilities(vit, pixels):
+    hard, soft = (linear(vit).loss(pixels, y) for y in (LABELS, torch.nn.functional.one_hot(LABELS).float()))
+    assert torch.allclose(hard, soft)
 
 
 def test_splits_of_arrays_and_lists(pixels):
@@ -389,6 +442,10 @@ def test_what_is_no_tuned_model(vit, split):
     for other in (vit, hp.load_clip("tiny_clip"), "vpt_deep", None, hp.tune):
         for who, use in (("fit", lambda: fitted(other, split)), ("evaluate", lambda: hp.evaluate(other, split))):
             with pytest.raises(TypeError, match=rf"{who} wants a model that tune or tune_clip made, .* tune\("): use()
+
+
+def test_counting_what_nothing_declares(vit):
+    with pytest.raises(TypeError, match="count_parameters wants a tuned model, got timm"): hp.count_parameters(vit)
 
 
 def test_devices(vit, split):

@@ -11,13 +11,14 @@ import copy
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core import whole_number
+from ..core import kind_of, whole_number
 from .block_loop import Context
 
 # %% ../../nbs/engine/50_accounting.ipynb #c0962116
 def count_parameters(model  # a `TunedModel`
                     ) -> dict[str, int]:  # `prompts`, `other`, `head`, `with_head`, `without_head`
-    "Trainable scalars by kind; `other` is what the method trains besides prompts."
+    "Trainable scalars by kind; `other` is what the method trains besides prompts. What nothing declares to train raises `TypeError`."
+    if not hasattr(model, "trainable"): raise TypeError(f"count_parameters wants a tuned model, got {kind_of(model)}: tune(...) makes one")
     counts = dict(prompts=0, other=0, head=0)
     for name, p in model.trainable().items():
         kind = "head" if name.startswith("head.") else "prompts" if "prompt" in name or name.endswith(".ctx") else "other"

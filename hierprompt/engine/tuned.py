@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core import from_dict, lookup, real_number, rng, rng_seed, whole_number
 from .block_loop import Context, Engine, Memory, Tuner
-from .checks import check_images, check_vit, watched
+from .checks import check_images, check_labels, check_vit, watched
 from .hosts import NORMALIZE, as_host, weights_sha256
 from .identity import NetworkIdentity, network_identity
 from .registry import METHODS, method_class, tuner_class
@@ -84,7 +84,9 @@ class Trainable(nn.Module):
         return entropy, own if isinstance(own, Tensor) else entropy.new_full((), own)
 
     def loss(self, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        "What training minimises: the sum of `losses`."
+        "What training minimises: the sum of `losses`; labels are refused as `check_labels` says."
+        check_images(images, self.mean, self.host)
+        check_labels(labels, len(images), self.num_classes)
         return sum(self.losses(images, labels, label_smoothing))
 
     @contextmanager
@@ -104,7 +106,9 @@ class Trainable(nn.Module):
 
     def prepare(self, images: Tensor, labels: Tensor, draw: Callable | None = None) -> None:
         """Lets the method look at training images (N, 3, H, W) and labels (N,); `draw(rows)`: some of them as training sees them, None:
-        as they are."""
+        as they are. Other images or labels are refused as `check_images` and `check_labels` say."""
+        check_images(images, self.mean, self.host)
+        check_labels(labels, len(images), self.num_classes)
         try: self.tuner.prepare(self, images, labels, draw or images.__getitem__)
         finally: self.train(self.training)    # looking at images put the backbone into evaluation mode
 

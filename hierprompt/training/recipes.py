@@ -16,12 +16,12 @@ from typing import Literal, Optional
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from ..core import from_dict, lookup, to_dict
+from ..core import from_dict, lookup, real_number, to_dict, whole_number
 
 # %% ../../nbs/training/10_recipes.ipynb #063885ac
 @dataclass(frozen=True)
 class Recipe:
-    "All settings of one training run, VPT's by default (baselines spec 1.4); bad ones raise `ValueError`, `KeyError`."
+    "All settings of one training run, VPT's by default (baselines spec 1.4); bad ones raise `TypeError`, `ValueError`, `KeyError`."
     optimizer: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum 0.9, or AdamW with betas 0.9, 0.999 and eps 1e-8
     lr: float = 1.0                             # base learning rate; near the middle of VPT's grid
     lr_batch: Optional[int] = 256               # the rate in use is lr * batch_size / lr_batch (VPT); None: lr (NOAH)
@@ -54,7 +54,7 @@ class Recipe:
     test_every: int = 0                         # the same for the test split (NOAH: 10)
 
     def __post_init__(self):
-        for name, kind in typing.get_type_hints(Recipe).items(): _check(name, kind, getattr(self, name))
+        for name, kind in typing.get_type_hints(Recipe).items(): object.__setattr__(self, name, _checked(name, kind, getattr(self, name)))
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs = {self.warmup_epochs} must be below epochs = {self.epochs}: "
                              f"a shorter run needs a shorter warm-up, e.g. warmup_epochs={self.epochs // 10}")
@@ -74,15 +74,19 @@ class Recipe:
         "The learning rate in use for the base rate `lr`."
         return lr * self.batch_size / self.lr_batch if lr and self.lr_batch else lr
 
-def _check(name: str, kind, value) -> None:
-    "One field of a `Recipe`: choices from its annotation, numbers within their range."
-    if typing.get_origin(kind) is Literal: lookup(dict.fromkeys(typing.get_args(kind), 1), value, f"Recipe.{name}")
-    if value is None or kind in (bool, str) or isinstance(value, str): return
-    if name in ("drop_path", "label_smoothing") and not 0 <= value < 1:
-        raise ValueError(f"Recipe.{name} = {value} must lie in [0, 1)")
+def _checked(name: str, kind, value):
+    "The value of one field of a `Recipe`: a choice of its annotation, or a number of its type and within its range."
+    where, kinds = f"Recipe.{name}", typing.get_args(kind) or (kind,)
+    if typing.get_origin(kind) is Literal: return lookup({choice: choice for choice in kinds}, value, where)
+    if value is None and type(None) in kinds: return None
+    if kind is bool and not isinstance(value, bool): raise TypeError(f"{where} = {value!r} is neither True nor False")
+    if kind is bool: return value
+    value = whole_number(value, where) if int in kinds else real_number(value, where)
+    if name in ("drop_path", "label_smoothing") and not 0 <= value < 1: raise ValueError(f"{where} = {value} must lie in [0, 1)")
     if name in ("lr", "lr_batch", "head_lr", "clip_value", "epochs", "batch_size", "eval_batch_size", "samples_per_class"):
-        if not value > 0: raise ValueError(f"Recipe.{name} = {value} must be positive")
-    elif not value >= 0: raise ValueError(f"Recipe.{name} = {value} must not be negative")
+        if not value > 0: raise ValueError(f"{where} = {value} must be positive")
+    elif not value >= 0: raise ValueError(f"{where} = {value} must not be negative")
+    return value
 
 # %% ../../nbs/training/10_recipes.ipynb #33c1f73e
 _NOAH = Recipe(optimizer="adamw", decay="matrices", lr=1e-3, lr_batch=None, weight_decay=1e-4, drop_last=True,    # baselines spec 1.6, 1.8
