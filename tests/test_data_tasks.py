@@ -135,9 +135,9 @@ def test_class_names_that_are_none(task, names, error, text):
 
 @pytest.mark.parametrize("change, error, text", [
     ({"name": ""}, ValueError, "name = '' is empty"), ({"name": None}, TypeError, "name = None is not a string"),
-    ({"group": " "}, ValueError, "group"), ({"group": 3}, TypeError, "group = 3"), ({"val": None}, TypeError, "val is of type None"),
+    ({"group": " "}, ValueError, "group"), ({"group": 3}, TypeError, "group = 3"), ({"val": None}, TypeError, "val is NoneType, no Split"),
     ({"source": "drawn"}, TypeError, "source = 'drawn' is not a dict"),
-    ({"test": (1, 2)}, TypeError, "test is of type tuple, not a Split: give Split(images, labels)")])
+    ({"test": (1, 2)}, TypeError, "test is tuple, no Split: Split(images, labels) is one")])
 def test_tasks_of_wrong_things(task, change, error, text):
     with pytest.raises(error, match=re.escape(text)): Task(**vars(task) | change)
 

@@ -406,10 +406,10 @@ def test_labels_may_be_probabilities(vit, pixels):
 
 
 def test_splits_of_arrays_and_lists(pixels):
-    with pytest.raises(TypeError, match=r"images are numpy.ndarray, no tensor: torch.from_numpy\(images\)"):
+    with pytest.raises(TypeError, match=r"images are numpy.ndarray, not a tensor: torch.from_numpy\(array\)"):
         hp.Split(pixels.numpy(), LABELS.numpy())
     for labels in (LABELS.tolist(), LABELS.numpy(), None, 3):
-        with pytest.raises(TypeError, match=r"labels are .*, no tensor: torch.tensor\(labels\)"): hp.Split(pixels, labels)
+        with pytest.raises(TypeError, match=r"labels are .*, not a tensor: torch.as_tensor\(labels\)"): hp.Split(pixels, labels)
 
 
 # fit and evaluate

@@ -195,8 +195,8 @@ class PromptedViT(BaseModule):
         ctx = Context(labels=labels if self.training else None, training=self.training)
         z, _ = self.engine.tokens(images, ctx)
         ctx.features, self.pass_ = self.host.pool(self.tuner.final_norm(self.host, z)), ctx if self.training else None
-        grid = self.host.grid(images)
-        return tuple(self.tuner.final_norm(self.host, ctx.taps[i])[:, -math.prod(grid):].transpose(1, 2).unflatten(2, grid) for i in self.host.taps)
+        grid, normed = self.host.grid(images), (self.tuner.final_norm(self.host, ctx.taps[i]) for i in self.host.taps)
+        return tuple(tokens[:, -math.prod(grid):].transpose(1, 2).unflatten(2, grid) for tokens in normed)
 
     def aux_loss(self) -> Tensor | float:
         "What the method adds to the loss of the last training pass, weighted; asked once a pass."

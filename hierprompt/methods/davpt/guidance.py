@@ -214,7 +214,8 @@ class Guidance(nn.Module):
     ) -> None:
         "Adds the weighted losses of a guided block to `ctx.reads`; arguments as in `Sight`."
         c, patches, own = self.config, slice(self.first, ctx.num_instance), self.own_of(ctx)
-        sight = Sight(tuner, i, ctx.blocks[i], z, prompts[:self.map.num_prompts], entered, q, k, v, visible, own, patches, c, self.labelled(ctx))
+        compared, labelled = prompts[:self.map.num_prompts], self.labelled(ctx)
+        sight = Sight(tuner, i, ctx.blocks[i], z, compared, entered, q, k, v, visible, own, patches, c, labelled)
         losses = ctx.reads.setdefault("metric", [])
         if c.patch_weight: losses.append(c.patch_weight * self.compare(sight, getattr(sight, c.patch_feature)(), c.prompt_feature))
         if c.cls_weight: losses.append(c.cls_weight * self.compare(sight, sight.projected(z[:, 0], c.cls_feature), c.prompt_feature_cls))
