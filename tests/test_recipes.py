@@ -103,7 +103,7 @@ def test_presets_of_prompts_for_clip(name):
     ({"augment": "flop"}, ValueError, "augment"),
     ({"lr": 0.0}, ValueError, "Recipe.lr"),
     ({"lr": -1.0}, ValueError, "must be positive"),
-    ({"lr": float("nan")}, ValueError, "must be positive"),
+    ({"lr": float("nan")}, ValueError, "Recipe.lr = nan is not a finite number"),
     ({"lr": True}, TypeError, "not of type float"),
     ({"weight_decay": -1e-4}, ValueError, "must not be negative"),
     ({"batch_size": 0}, ValueError, "Recipe.batch_size"),

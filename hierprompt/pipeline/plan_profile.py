@@ -30,7 +30,8 @@ def _with_other_settings(stages: Mapping[str, Stage], profile: str) -> set[str]:
     from hierprompt.pipeline.resolve import resolve
     from hierprompt.pipeline.settings import settings_files
     with within(PARAMS): folder, wanted = Path(settings_folder(profile)), settings_files(resolve(read_params()))
-    other = {str(folder/name) for name, content in wanted.items() if not (folder/name).is_file() or read_json(folder/name, REMEDY) != content}
+    there = {name: read_json(folder/name, REMEDY) for name in wanted if (folder/name).is_file()}
+    other = {str(folder/name) for name, content in wanted.items() if there.get(name) != content}
     return {address for address, stage in stages.items() if other & set(stage.deps)}
 
 def _active(stages: Mapping[str, Stage], profile: str, tables, rows) -> Pass:

@@ -183,7 +183,8 @@ def set_profile(name: str | None,     # None: only tell which one is active
     if check and name is not None and (wrong := differences(to_dict(profile), to_dict(active))):
         raise ValueError(f"params.yaml is not the profile {name!r}, it differs in {', '.join(wrong[:5])}: "
                          f"run `hierprompt profile {name}`, which overwrites it")
-    with within(PARAMS if name is None else f"profiles/{name}.yaml"): params = resolve(profile) if check or name is None else activate(profile)
+    with within(PARAMS if name is None else f"profiles/{name}.yaml"):
+        params = resolve(profile) if check or name is None else activate(profile)
     return f"profile {profile.profile}: {len(build_stages(params))} stages, {len(cells_of(params))} of them cells"
 
 def update_settings(stages_as_they_are: bool = False  # True: other stages than those in DVC's files raise `ValueError`

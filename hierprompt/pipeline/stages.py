@@ -137,10 +137,11 @@ def read_entries(file: str | Path  # a dvc.yaml or dvc.lock
 
 def read_hashes(name: str, entry: Mapping) -> dict[str, str | None]:  # path -> hash
     "What a dvc.lock says of a stage's dependencies and outputs; an entry that says nothing of them raises `ValueError`."
-    listed = [entry.get(kind) or [] for kind in ("deps", "outs")]
-    if all(isinstance(part, list) and all(isinstance(each, Mapping) and isinstance(each.get("path"), str) for each in part) for part in listed):
-        return {each["path"]: each.get("md5") for part in listed for each in part}
-    raise ValueError(f"stage {name} lists files without a path")
+    parts = [entry.get(kind) or [] for kind in ("deps", "outs")]
+    listed = [each for part in parts if isinstance(part, list) for each in part if isinstance(each, Mapping)]
+    whole = len(listed) == sum(len(part) if isinstance(part, list) else 1 for part in parts)
+    if not whole or not all(isinstance(each.get("path"), str) for each in listed): raise ValueError(f"stage {name} lists files without a path")
+    return {each["path"]: each.get("md5") for each in listed}
 
 def load_stages(profile: str             # the active one
                ) -> dict[str, Stage]:    # by address, in the order of `LEVELS`
