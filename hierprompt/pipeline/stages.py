@@ -140,7 +140,8 @@ def read_hashes(name: str, entry: Mapping) -> dict[str, str | None]:  # path -> 
     parts = [entry.get(kind) or [] for kind in ("deps", "outs")]
     listed = [each for part in parts if isinstance(part, list) for each in part if isinstance(each, Mapping)]
     whole = len(listed) == sum(len(part) if isinstance(part, list) else 1 for part in parts)
-    if not whole or not all(isinstance(each.get("path"), str) for each in listed): raise ValueError(f"stage {name} lists files without a path")
+    if not whole or not all(isinstance(each.get("path"), str) for each in listed):
+        raise ValueError(f"stage {name} lists files without a path")
     return {each["path"]: each.get("md5") for each in listed}
 
 def load_stages(profile: str             # the active one
