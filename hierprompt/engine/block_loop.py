@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Segment', 'Context', 'causal', 'Method', 'Tuner', 'spread', 'join', 'attention_map', 'take', 'full_precision',
-           'Memory', 'Engine']
+           'Memory', 'remembering', 'Engine']
 
 # %% ../../nbs/engine/20_block_loop.ipynb #3d9deed3
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -231,6 +231,17 @@ class Memory(dict):
 
     def __deepcopy__(self, memo): return None
     def __reduce__(self): return type(None), ()
+
+@contextmanager
+def remembering(keepers: Iterable) -> Iterator[None]:  # things with `kept`: engines, and models on them
+    "The promise that weights change by training alone, from here to the end of the body; one within another changes nothing."
+    keepers = [keeper for keeper in keepers if keeper.kept is None]
+    for keeper in keepers: keeper.kept = Memory()
+    try: yield
+    finally:
+        for keeper in keepers:
+            keeper.kept.end()
+            keeper.kept = None
 
 class Engine(nn.Module):
     "Runs a host's blocks with a tuner's changes."

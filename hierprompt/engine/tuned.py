@@ -8,8 +8,8 @@ __all__ = ['NoSettings', 'class_config', 'method_config', 'Trainable', 'TunedMod
 # %% ../../nbs/engine/40_tuned.ipynb #5fb927a6
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import from_dict, lookup, real_number, rng, rng_seed, whole_number
-from .block_loop import Context, Engine, Memory, Tuner
+from .block_loop import Context, Engine, Tuner, remembering
 from .checks import check_images, check_labels, check_vit, watched
 from .hosts import NORMALIZE, as_host, weights_sha256
 from .identity import NetworkIdentity, network_identity
@@ -89,20 +89,13 @@ class Trainable(nn.Module):
         check_labels(labels, len(images), self.num_classes)
         return sum(self.losses(images, labels, label_smoothing))
 
-    @contextmanager
-    def remembered(self) -> Iterator[None]:
+    def remembered(self) -> AbstractContextManager:
         """Inside, what depends on weights alone is computed once: keys and values of prompts and class vectors in evaluation without
         gradients, what frozen towers make of words also in training.
 
         It is a promise that weights change inside by training in training mode only; outside of it nothing is remembered. `fit` and
         `evaluate` give it."""
-        keepers = [keeper for keeper in self.keepers() if keeper.kept is None]
-        for keeper in keepers: keeper.kept = Memory()
-        try: yield
-        finally:
-            for keeper in keepers:
-                keeper.kept.end()
-                keeper.kept = None
+        return remembering(self.keepers())
 
     def prepare(self, images: Tensor, labels: Tensor, draw: Callable | None = None) -> None:
         """Lets the method look at training images (N, 3, H, W) and labels (N,); `draw(rows)`: some of them as training sees them, None:

@@ -15,7 +15,7 @@ import logging
 import random
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from torch.utils.data import Dataset
 
 import hierprompt.seg.backbone
 from ..core import rng, rng_seed
-from ..engine.block_loop import Method
+from ..engine.block_loop import Method, remembering
 from ..training.loop import seeded
 
 # %% ../../nbs/seg/40_segmentor.ipynb #1aad6125
@@ -120,6 +120,10 @@ class PromptedEncoderDecoder(EncoderDecoder):
         "Every tensor that trains: the method's and the heads'."
         return ({f"backbone.{name}": p for name, p in self.backbone.trainable().items()}
                 | {name: p for name, p in self.named_parameters() if not name.startswith("backbone.")})
+
+    def remembered(self) -> AbstractContextManager:
+        "As `TunedModel.remembered`: inside, keys and values of prompts are computed once in evaluation."
+        return remembering([self.backbone.engine])
 
     def head_losses(self, maps: tuple[Tensor, ...], samples: Sequence[SegDataSample]) -> dict[str, Tensor]:
         "The losses of all heads by MMSegmentation's names."
