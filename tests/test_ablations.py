@@ -167,7 +167,8 @@ def test_difference_on_the_paper_s_task_and_backbone(tmp_path):
 
 
 @pytest.mark.parametrize("profile, backbone, reason", [("reference", ORIG, "the profile is reference, not paper"),
-    ("paper", {"name": "tiny_random", "sha256": None}, "VPT-Deep ran on tiny_random, SHIP Table II on vit_base_patch16_224.orig_in21k")])
+    ("paper", {"name": "tiny_random", "sha256": "0" * 64},
+     "VPT-Deep ran on tiny_random, SHIP Table II on vit_base_patch16_224.orig_in21k")])
 def test_no_difference_elsewhere(tmp_path, profile, backbone, reason):
     put(tmp_path, "vpt_reproduced", profile=profile, backbone=backbone)
     ablation = build_ablation(table_2(), profile, blocked(table_2(), ["cifar100"]), tmp_path)

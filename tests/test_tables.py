@@ -159,7 +159,7 @@ def test_rows_of_the_best_test_epoch_are_compared_with_acc_best_test(tmp_path):
 
 @pytest.mark.parametrize("options, reason", [
     (dict(profile="reference"), "the profile is reference, not paper"), (dict(without=["kitti"]), "VPT-Deep was not run on all tasks"),
-    (dict(backbone={"name": "tiny_random", "sha256": None}), "VPT-Deep ran on tiny_random, DA-VPT Table 1 on "
+    (dict(backbone={"name": "tiny_random", "sha256": "0" * 64}), "VPT-Deep ran on tiny_random, DA-VPT Table 1 on "
                                                              "vit_base_patch16_224.orig_in21k")])
 def test_why_a_row_is_not_comparable(tmp_path, options, reason):
     run_paper(tmp_path, "vpt_deep", **options)
