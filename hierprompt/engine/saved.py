@@ -58,8 +58,8 @@ def fitting_names(model, names: Sequence[str]) -> list[str]:
     names = list(names)
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong: raise TypeError(f"class_names has {wrong[0]!r}, which is no text")
-    if len(names) != model.num_classes or len(set(names)) < len(names):
-        raise ValueError(f"class_names has {len(names)} names, {len(set(names))} of them different, for {model.num_classes} classes: "
+    if len(names) != model.num_classes:     # two classes may have one name, as in CLIP's list for ImageNet
+        raise ValueError(f"class_names has {len(names)} names for {model.num_classes} classes: "
                          f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")
     return [str(name) for name in names]
 

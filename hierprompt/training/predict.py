@@ -119,11 +119,11 @@ def predict(model,                    # what `tune` or `tune_clip` made, on any 
     for i, picture in enumerate(items): _check_picture(picture, f"pictures[{i}]")
     _told(model)
     found = []
-    for start in range(0, len(items), batch_size):
-        some = items[start:start + batch_size]
-        images = as_evaluated(model, some)
-        with _evaluating(model, precision): probabilities = model(images.to(model.device)).float().softmax(1).cpu()
-        found += [_prediction(model, row, picture, start + i, k) for i, (row, picture) in enumerate(zip(probabilities, some))]
+    with _evaluating(model, precision):
+        for start in range(0, len(items), batch_size):
+            some = items[start:start + batch_size]
+            probabilities = model(as_evaluated(model, some).to(model.device)).float().softmax(1).cpu()
+            found += [_prediction(model, row, picture, start + i, k) for i, (row, picture) in enumerate(zip(probabilities, some))]
     return found[0] if single else found
 
 def _prediction(model, probabilities: Tensor, picture, place: int, k: int) -> Prediction:
