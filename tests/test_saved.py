@@ -343,7 +343,7 @@ def test_a_crash_leaves_the_old_model_or_the_new_one(step, vit, images, tmp_path
 def test_a_model_that_cannot_be_saved_leaves_what_was_there(vit, images, tmp_path):
     old, broken = (hp.tune(vit, "vpt_deep", num_classes=3, seed=seed) for seed in (0, 1))
     old.save_pretrained(tmp_path)
-    for names in (["a", "b"], ["a", "a", "b"], "abc", [1, 2, 3]):
+    for names in (["a", "b"], "abc", [1, 2, 3]):
         with pytest.raises((TypeError, ValueError), match="class_names"): broken.save_pretrained(tmp_path, class_names=names)
     half = hp.tune(network(), "linear", num_classes=3).half()
     with pytest.raises(TypeError, match="moved to torch.float16"): half.save_pretrained(tmp_path)
