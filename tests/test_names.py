@@ -221,6 +221,8 @@ def changed(**values):
     ({"variants.linear.recipe_changes": {"lr": 0}}, "lr = 0"), ({"variants.linear.recipe_changes": {"lr": float("inf")}}, "finite"),
     ({"variants.linear.grid": {"lr": [0.1, 0.1]}}, "grid: lr has 0.1 twice"),
     ({"variants.linear.grid": {"lr": []}}, "lr = []: name at least one"),
+    ({"variants.linear.grid": {name: [i / 4000 for i in range(1, 2001)] for name in ("lr", "drop_path")}},
+    "grid: lr x drop_path has 4,000,000"),
     ({"variants.linear.grid": "vtp"}, "unknown grid"), ({"variants.linear.settings": "x"}, "unknown settings"),
     ({"variants": {}}, "unknown variant"),
     ({"profile": "a b"}, "name 'a b' of a profile"), ({"profile": None}, "profile = None"),
@@ -495,6 +497,13 @@ def test_a_walltime_is_text_with_and_without_quotes(tmp_path):
 ])
 def test_commands_name_what_they_do_not_know(active, capsys, arguments, told):
     assert told in refused(capsys, *arguments)
+
+
+def test_a_checkout_in_braces_is_told_so(project, capsys, monkeypatch):
+    Path("{0}").mkdir()
+    Path("{0}/dvc.yaml").write_text("stages: {}\n")
+    monkeypatch.chdir("{0}")
+    assert "{0}: DVC fills in braces in a path; give the folder another name" in refused(capsys, "profile", "smoke")
 
 
 # Stages

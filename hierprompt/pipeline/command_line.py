@@ -127,6 +127,7 @@ def main(arguments: list[str] | None = None) -> int:  # exit status
     args = parser().parse_args(arguments)
     stop_on_signals()
     if not Path(MARK).is_file(): return _say_error(f"no {MARK} here: run this in the root folder of the project")
+    if set("{}") & set(str(Path.cwd())): return _say_error(f"{Path.cwd()}: DVC fills in braces in a path; give the folder another name")
     try: return args.run(args)
     except KeyboardInterrupt: return _say_error("stopped; repeat the command to go on", 130)
     except (ValueError, TypeError, KeyError, OSError, RuntimeError, ImportError) as error: return _say_error(error)
