@@ -31,7 +31,7 @@ from hierprompt.pipeline.staleness import (
     record_settings,
     recorded,
 )
-from .workers import LOGS, Workers, connected, log_end, log_of, remove, submit
+from .workers import ENDED, LOGS, Workers, connected, log_end, log_of, remove, submit
 
 # %% ../../nbs/pipeline/70_repro.ipynb #456b130b
 BATCH, PATIENCE = 8, 20.0   # stages that are recorded at once, or seconds that the first of them waits
@@ -192,6 +192,7 @@ def run_pass(todo: Pass, client, watch: Watch) -> None:
     "Runs the stages of a pass and records them; those that have ended are recorded even when it is interrupted."
     if todo.restore: dvc("checkout", "--quiet", *todo.restore)
     for address in todo.run: log_of(watch.stages[address]).unlink(missing_ok=True)
+    remove([str(ENDED)])
     futures = submit(client, watch.stages, todo.run, todo.after, watch.teller.expected, str(Path.cwd()))
     waiting = list(futures)
     try:
