@@ -56,8 +56,8 @@ def run_stage(stage: Stage,
              ) -> dict:        # seconds that it took
     """Runs a stage here; what fails raises `StageFailed`.
 
-    When a worker dies, Dask asks again for all results that it had, also of stages that had ended: of these a note is kept, else their files
-    would be removed and made again while they are recorded and read."""
+    When a worker dies, Dask asks again for all results that it had, also of stages that had ended. Of these a note is kept, else their
+    files would be removed and made again while they are recorded and read."""
     from papermill import PapermillExecutionError
 
     from hierprompt.pipeline.run_command import execute, parse_run
