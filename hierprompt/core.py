@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['shown', 'NAME', 'REMEDY', 'FRACTION', 'CHECKOUT', 'MARK', 'PURPOSES', 'lookup', 'whole_number', 'real_number',
-           'kind_of', 'list_of_texts', 'check_names', 'from_dict', 'to_dict', 'within', 'atomic_path', 'write_json',
-           'parse_json', 'read_json', 'parse_word', 'parse_yaml', 'read_yaml', 'foreign_content', 'project_root',
-           'enter_project', 'sha256_file', 'digest', 'rng_seed', 'rng', 'face', 'need']
+           'kind_of', 'list_of_texts', 'check_file_names', 'from_dict', 'to_dict', 'within', 'atomic_path',
+           'write_json', 'parse_json', 'read_json', 'read_facts', 'parse_word', 'parse_yaml', 'read_yaml',
+           'foreign_content', 'project_root', 'enter_project', 'sha256_file', 'digest', 'rng_seed', 'rng', 'face',
+           'need']
 
 # %% ../nbs/00_core.ipynb #fc35d9d2
 import dataclasses
@@ -57,7 +58,7 @@ def lookup(table: Mapping,  # name -> thing
 # %% ../nbs/00_core.ipynb #74a1bd57
 def _plain(value):
     "A number of NumPy, or of a tensor without dimensions, as Python's; anything else as it is."
-    return value.item() if getattr(value, "ndim", None) == 0 else value
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 def whole_number(value,                     # of Python, of NumPy, or of a tensor without dimensions
                  name: str,                 # of the setting, for the message
@@ -65,7 +66,7 @@ def whole_number(value,                     # of Python, of NumPy, or of a tenso
                 ) -> int:
     "`value` as Python's `int`; what is none, a truth value too, raises `TypeError`, one below `least` `ValueError`."
     plain = _plain(value)
-    if not isinstance(plain, int) or isinstance(plain, bool): raise TypeError(f"{name} = {reprlib.repr(value)} is not a whole number")
+    if not isinstance(plain, int) or isinstance(plain, bool): raise TypeError(f"{name} = {shown(value)} is not a whole number")
     if least is not None and plain < least: raise ValueError(f"{name} = {plain} is too small: give {least} or more")
     return int(plain)
 
@@ -75,7 +76,7 @@ def real_number(value,      # of Python, of NumPy, or of a tensor without dimens
     "`value` as Python's `float`; what is no number, a truth value too, raises `TypeError`."
     plain = _plain(value)
     if isinstance(plain, numbers.Real) and not isinstance(plain, bool): return float(plain)
-    raise TypeError(f"{name} = {reprlib.repr(value)} is not a number")
+    raise TypeError(f"{name} = {shown(value)} is not a number")
 
 # %% ../nbs/00_core.ipynb #56886254
 def kind_of(thing) -> str:
@@ -89,17 +90,17 @@ def list_of_texts(values,     # texts in an order that means something: a list, 
     "The texts as a list of Python's own; one text alone, a mapping, a set, no collection, and what is no text in it raise `TypeError`."
     ordered = isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping, set, frozenset))
     if not ordered or getattr(values, "ndim", 1) != 1:
-        raise TypeError(f"{name} wants a list of texts in their order, got {kind_of(values)} {reprlib.repr(values)}")
+        raise TypeError(f"{name} wants a list of texts in their order, got {kind_of(values)} {shown(values)}")
     found = list(values)
     for i, text in enumerate(found):
-        if not isinstance(text, str): raise TypeError(f"{name}[{i}] = {reprlib.repr(text)} is no text")
+        if not isinstance(text, str): raise TypeError(f"{name}[{i}] = {shown(text)} is no text")
     return [str(text) for text in found]
 
 # %% ../nbs/00_core.ipynb #85ea3dba
 NAME = re.compile("[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 _DEVICES = re.compile("con|prn|aux|nul|com[0-9]|lpt[0-9]", re.IGNORECASE)   # what Windows takes for devices
 
-def check_names(names: Iterable[str],
+def check_file_names(names: Iterable[str],
                 what: str,             # they are names of: "variant", "table", ...
                ) -> None:
     "Names that become files, stages and words of commands: another one raises `ValueError`, and so do two that differ in case alone."
@@ -117,13 +118,9 @@ def check_names(names: Iterable[str],
 _HINTS = {(bool, str): ": write true or false", (str, int): ": put it in quotes", (str, float): ": put it in quotes",
           (str, bool): ": put it in quotes"}   # wanted, found -> what to do about it
 
-def _scalar(value):
-    "A number of NumPy's, or a tensor without dimensions, as one of Python's; anything else as it is."
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
-
 def _convert(kind, value, where: str):
     "`value` checked against the annotation `kind` and converted where nothing is lost."
-    origin, args, value = typing.get_origin(kind), typing.get_args(kind), _scalar(value)
+    origin, args, value = typing.get_origin(kind), typing.get_args(kind), _plain(value)
     if kind is typing.Any: return value
     if is_dataclass(kind): return value if isinstance(value, kind) else from_dict(kind, value, where)
     if origin is typing.Literal:
@@ -194,7 +191,7 @@ def to_dict(config) -> dict:  # JSON-able: tuples become lists, paths text
 def _data_of(value):
     "A value that JSON does not know, as data."
     if isinstance(value, PurePath): return str(value)
-    if (plain := _scalar(value)) is not value: return plain
+    if (plain := _plain(value)) is not value: return plain
     raise TypeError(f"{shown(value)} of type {type(value).__name__} is no plain data")
 
 @contextmanager
@@ -281,6 +278,18 @@ def read_json(path: str | Path,
              ):
     "The content of a JSON file; a missing one raises `FileNotFoundError`, a damaged one `ValueError` with the remedy."
     return parse_json(_read_text(path, remedy), path, remedy)
+
+def read_facts(path: str | Path,
+               wanted: Mapping,       # key -> type, as in annotations; the file may have other keys too
+               remedy: str = REMEDY,  # what somebody can do about a damaged file
+              ) -> dict:
+    "A JSON file with at least these keys; a missing one raises `FileNotFoundError`, one that says something else `ValueError`."
+    content = read_json(path, remedy)
+    try:
+        if not isinstance(content, dict): raise TypeError(f"it holds {shown(content)}, not keys with values")
+        if missing := [key for key in wanted if key not in content]: raise TypeError(f"it lacks {', '.join(missing)}")
+        return content | {key: _convert(kind, content[key], key) for key, kind in wanted.items()}
+    except (TypeError, ValueError) as error: raise ValueError(f"{path}: {error}; {remedy}") from error
 
 # %% ../nbs/00_core.ipynb #f6e54fc9
 _REPEATS = 10_000   # values that aliases of one file may repeat

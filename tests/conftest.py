@@ -10,7 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-FIRST = ("test_pipeline.py", "test_kernels.py")   # the longest files: a process that begins one of them last would be waited for
+# the longest files: a process that begins one of them last would be waited for
+FIRST = ("test_pipeline_kills.py", "test_pipeline.py", "test_kernels.py")
 
 
 def pytest_collection_modifyitems(items):

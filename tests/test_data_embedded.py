@@ -195,7 +195,8 @@ def test_a_foreign_file_is_not_a_pack(copied):
 def test_packs_are_lossless(tmp_path, mode):
     channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
     arrays = [np.random.default_rng(i).integers(0, 256, (9 + i, 13, *channels), np.uint8) for i in range(4)]
-    write_pack(tmp_path, "x", [Image.fromarray(a) for a in arrays], {"label": np.arange(4)}, {"built_by": "here", "sources": []})
+    about = {"built_by": "here", "licence": "CC0-1.0", "sources": []}
+    write_pack(tmp_path, "x", [Image.fromarray(a) for a in arrays], {"label": np.arange(4)}, about)
     for image, array in zip(read_pack("x", tmp_path).images, arrays): assert np.array_equal(np.asarray(image), array)
 
 

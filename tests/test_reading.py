@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hierprompt.core import check_names, from_dict, parse_json, parse_word, parse_yaml, read_json, read_yaml, to_dict, within
+from hierprompt.core import check_file_names, from_dict, parse_json, parse_word, parse_yaml, read_json, read_yaml, to_dict, within
 
 
 # YAML
@@ -200,15 +200,50 @@ BAD_NAMES = ["", "-", "-rf", "--out", ".", "..", "../a", "a/b", "a\\b", "a b", "
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_names_that_are_no_file_names_everywhere_are_refused(name):
-    with pytest.raises(ValueError, match="of a variant"): check_names([name], "variant")
+    with pytest.raises(ValueError, match="of a variant"): check_file_names([name], "variant")
 
 
 @pytest.mark.parametrize("name", [False, None, 1, 1.5, ["a"], b"a", Path("a")])
 def test_a_name_is_text(name):
-    with pytest.raises(TypeError, match="a name is text"): check_names([name], "variant")
+    with pytest.raises(TypeError, match="a name is text"): check_file_names([name], "variant")
 
 
 def test_names_that_differ_in_case_alone_are_refused():
-    check_names(["a", "_a", "A-b", "0", "a" * 64, "console"], "variant")
+    check_file_names(["a", "_a", "A-b", "0", "a" * 64, "console"], "variant")
     with pytest.raises(ValueError, match="variants 'Lora' and 'lora' differ in case alone"):
-        check_names(["Lora", "linear", "lora"], "variant")
+        check_file_names(["Lora", "linear", "lora"], "variant")
+
+
+# files that describe others
+
+def damaged_facts():
+    "Ways in which a file lacks what its reader asks for."
+    return {"no key": lambda facts, key: facts.pop(key), "another type": lambda facts, key: facts.update({key: 3.5}),
+            "null": lambda facts, key: facts.update({key: None})}
+
+
+def beside_data(tmp_path):
+    "Kinds of such files: where one lies, a key that is read, and who reads it."
+    from hierprompt.clip.embedded_clip import clip_about, clip_folder
+    from hierprompt.data.embedded.packs import find_packs, pack_about
+    packs, clip = find_packs(), clip_folder()
+    files = {"koeppen.json": packs/"koeppen.json", "embedded_clip.json": clip/"embedded_clip.json"}
+    for name, file in files.items(): (tmp_path/name).write_bytes(file.read_bytes())
+    return [("koeppen.json", ["sha256", "mode", "built_by", "licence", "sources"], lambda: pack_about("koeppen", tmp_path)),
+            ("embedded_clip.json", ["sha256", "taps", "text", "vocabulary"], lambda: clip_about(tmp_path))]
+
+
+@pytest.mark.parametrize("fault", damaged_facts())
+def test_files_that_describe_others_say_what_is_read(fault, tmp_path):
+    for name, keys, read in beside_data(tmp_path):
+        whole = (tmp_path/name).read_text()
+        read()
+        for key in keys:
+            facts = json.loads(whole)
+            damaged_facts()[fault](facts, key)
+            (tmp_path/name).write_text(json.dumps(facts))
+            with pytest.raises(ValueError, match=f"{name}: .*{key}.*; "): read()
+        for text in ("[1]", "3", "null", '"x"', whole[:50]):
+            (tmp_path/name).write_text(text)
+            with pytest.raises(ValueError, match=name): read()
+        (tmp_path/name).write_text(whole)

@@ -700,3 +700,12 @@ def test_the_most_frequent_class_is_worth_what_the_metric_says(name, originals):
     found = IoUMetric.total_area_to_metrics(*areas)
     assert worth["miou"] == pytest.approx(100 * np.nanmean(found["IoU"]), rel=1e-12)
     assert worth["macc"] == pytest.approx(100 * np.nanmean(found["Acc"]), rel=1e-12)
+
+
+@pytest.mark.parametrize("key", ["format", "name", "classes", "counts", "sha256"])
+def test_a_tree_that_does_not_say_what_it_is(key, tmp_path):
+    root = write_task("seg_objects", tmp_path / "tree", 16, 2, 1, 1)
+    about = json.loads((root / "task.json").read_text())
+    for changed in ({k: v for k, v in about.items() if k != key}, about | {key: 3}):
+        (root / "task.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"task.json: .*{key}.*write_task"): verify("seg_objects", root)

@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -28,7 +29,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from ..core import atomic_path, need, read_json, rng, sha256_file, write_json
+from ..core import atomic_path, need, read_facts, rng, sha256_file, write_json
 from ..engine.hosts import weights_sha256
 
 # %% ../../nbs/backbones/10_embedded_vit.ipynb #ff75ddd5
@@ -206,8 +207,8 @@ def build_embedded(out: str | Path = f"data/backbones/{EMBEDDED_NAME}.safetensor
     "Fetch, convert, check, save; returns at once where that has been done."
     out, report_path, start = Path(out), Path(out).with_suffix(".json"), time.perf_counter()
     if out.is_file() and report_path.is_file():
-        report = read_json(report_path)
-        if report.get("source") == asdict(EMBEDDED) and report.get("sha256") == sha256_file(out): return report
+        report = read_facts(report_path, {"source": dict[str, Any], "sha256": str}, "delete it: the weights are made again")
+        if report["source"] == asdict(EMBEDDED) and report["sha256"] == sha256_file(out): return report
     onnx_path = fetch_embedded(cache, index_url)
     state = convert_embedded(onnx_path)
     check_weights(state, onnx_path)

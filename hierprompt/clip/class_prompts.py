@@ -6,7 +6,6 @@
 __all__ = ['ClassPrompts', 'fill', 'check_names', 'TextTuner', 'unit', 'text_state', 'text_features']
 
 # %% ../../nbs/clip/20_class_prompts.ipynb #79aa605c
-import reprlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from functools import cached_property
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import list_of_texts
+from ..core import list_of_texts, shown
 from ..engine.block_loop import Context, Engine, Segment, Tuner, full_precision
 
 # %% ../../nbs/clip/20_class_prompts.ipynb #279e15cd
@@ -39,7 +38,7 @@ def fill(template: str,   # with one {} where the name goes
         ) -> list[str]:   # one sentence a class
     """The sentences of a template; underscores in names are blanks (Adapt spec 2.0). What is no text raises `TypeError`, no or several
     places `ValueError`."""
-    if not isinstance(template, str): raise TypeError(f"a template is a text such as 'a photo of a {{}}.', got {reprlib.repr(template)}")
+    if not isinstance(template, str): raise TypeError(f"a template is a text such as 'a photo of a {{}}.', got {shown(template)}")
     if template.count("{}") != 1:
         raise ValueError(f"the template {template!r} has {template.count('{}')} places {{}} for the class name, not one")
     return [template.replace("{}", name.replace("_", " ")) for name in names]
@@ -55,7 +54,7 @@ def check_names(class_names,  # K names, in the order of the labels
         tokens = tuple(tokenizer.encode(name.replace("_", " ")))
         if not tokens: raise ValueError(f"class_names[{k}] = {name!r} is blank: every class needs a name that can be read")
         labels.setdefault(tokens, []).append(k)
-    if len(labels) < 2: raise ValueError(f"class_names = {reprlib.repr(names)}: give at least two names that differ")
+    if len(labels) < 2: raise ValueError(f"class_names = {shown(names)}: give at least two names that differ")
     twice = [alike for alike in labels.values() if len(alike) > 1]
     for first, *others in twice:
         for k in others:

@@ -7,6 +7,7 @@ __all__ = ['SIZES', 'REMEDY', 'clip_folder', 'clip_about', 'clip_weights', 'load
 
 # %% ../../nbs/clip/40_embedded_clip.ipynb #b9d76bb6
 from pathlib import Path
+from typing import Any
 
 import torch
 from open_clip.transformer import TextTransformer
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from ..backbones.pretrained import EMBEDDED_NAME, load_backbone
 from .embedded_architecture import EmbeddedCLIP, TappedViT
 from .tokens import CutTokenizer
-from ..core import CHECKOUT, read_json, sha256_file
+from ..core import CHECKOUT, read_facts, sha256_file
 
 # %% ../../nbs/clip/40_embedded_clip.ipynb #77e7767a
 SIZES = (112, 56)  # pixels for which there is a projection
@@ -30,7 +31,7 @@ def clip_about(root: str | Path | None = None) -> dict:
     "The JSON beside the weights: recipe, measurements, vocabulary, sources, held-out list."
     path = clip_folder(root) / "embedded_clip.json"
     if not path.is_file(): raise FileNotFoundError(f"the embedded CLIP has no {path}: {REMEDY}")
-    return read_json(path)
+    return read_facts(path, dict(sha256=str, taps=list[Any], text=dict[str, Any], vocabulary=str), REMEDY)
 
 def clip_weights(about: dict, root: str | Path | None = None) -> dict[str, torch.Tensor]:
     "The tensors in single precision; a missing file raises `FileNotFoundError`, another one `ValueError`."

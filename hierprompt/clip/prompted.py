@@ -6,7 +6,6 @@
 __all__ = ['PHOTO', 'CLIPTuner', 'distillation', 'check_templates', 'PromptedCLIP', 'tune_clip']
 
 # %% ../../nbs/clip/60_prompted.ipynb #9ff30cc3
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from .class_prompts import ClassPrompts, TextTuner, check_names, fill, text_features, text_state, unit
 from .model import CLIP
 from .tokens import tokenizer_facts
-from ..core import kind_of, lookup, rng, rng_seed
+from ..core import kind_of, lookup, rng, rng_seed, shown
 from ..engine.block_loop import Context, Engine, Method, Tuner, full_precision
 from ..engine.checks import check_weights
 from ..engine.hosts import weights_sha256
@@ -86,7 +85,7 @@ def check_templates(templates: Mapping[str, str] | None,  # by use
     not one place for the name: `ValueError`."""
     if templates is None: return {}
     if not isinstance(templates, Mapping):
-        raise TypeError(f"templates = {reprlib.repr(templates)}: give a dictionary such as {{'zero_shot': 'a photo of a {{}}.'}}")
+        raise TypeError(f"templates = {shown(templates)}: give a dictionary such as {{'zero_shot': 'a photo of a {{}}.'}}")
     for use, template in templates.items():
         lookup(dict.fromkeys(uses), use, "use of a template")
         fill(template, [])
@@ -244,7 +243,7 @@ def tune_clip(clip: CLIP,                    # see `load_clip`
     Unknown methods, presets and settings raise `KeyError` or `TypeError` with the known ones, names that do not fit into the context, or
     that CLIP cannot tell apart, `ValueError`; see `check_names`."""
     if not isinstance(clip, CLIP):
-        raise TypeError(f"tune_clip wants a CLIP, got {reprlib.repr(clip) if isinstance(clip, str) else kind_of(clip)}: load_clip(name) "
+        raise TypeError(f"tune_clip wants a CLIP, got {shown(clip) if isinstance(clip, str) else kind_of(clip)}: load_clip(name) "
                         "loads one, CLIP(model, tokenizer) makes one of open_clip's model")
     method, tuner = method_class(method, "clip", CLIPTuner)
     settings = class_config(tuner, method, preset, **config)

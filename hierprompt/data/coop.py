@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import digest, read_json, to_dict
+from ..core import digest, read_facts, read_json, to_dict
 from .fewshot import SEEDS, SHOTS, TEMPLATES, FewShot, plan, prompt_name
 from .listing import FileTask, Finding, Listing, Report, check_listings, is_clutter, read_splits, verify_tasks
 from .preprocess import Preprocess, get_preprocess
@@ -159,10 +159,9 @@ def _matlab(file: Path, key: str) -> np.ndarray:
 
 def flowers_tables(folder: Path) -> Parts:
     "imagelabels.mat: class ids from 1 of jpg/image_00001.jpg and those after it; cat_to_name.json: id -> name."
-    names = read_json(folder / "cat_to_name.json")
-    return split_in_three(
-        (f"image_{i:05}.jpg", int(k) - 1, names[str(k)]) for i, k in enumerate(_matlab(folder / "imagelabels.mat", "labels"), 1)
-    )
+    ids = [int(k) for k in _matlab(folder / "imagelabels.mat", "labels")]
+    names = read_facts(folder / "cat_to_name.json", {str(k): str for k in ids}, "unpack it again")
+    return split_in_three((f"image_{i:05}.jpg", k - 1, names[str(k)]) for i, k in enumerate(ids, 1))
 
 def cars_tables(folder: Path) -> Parts:
     "devkit/cars_train_annos.mat and cars_test_annos_withlabels.mat: file, class id from 1; devkit/cars_meta.mat: names."

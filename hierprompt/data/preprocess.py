@@ -167,11 +167,15 @@ def _on_white(image: Image.Image) -> Image.Image:
     ground.paste(image, mask=image.getchannel("A"))
     return ground
 
+def _rgb(image: Image.Image) -> Image.Image:
+    "RGB of 8 bits of an upright picture, on white."
+    return _on_white(_eight_bits(image) if image.mode[0] in "IF" else image)
+
 def from_memory(image: Image.Image) -> Image.Image:  # mode RGB
     "A picture of PIL as people see it, as `decode` reads files; the given one stays as it is."
     image = image.copy()
     with suppress(Exception): ImageOps.exif_transpose(image, in_place=True)  # what a damaged entry raises
-    return _on_white(_eight_bits(image) if image.mode[0] in "IF" else image)
+    return _rgb(image)
 
 DECODER = 2  # counted up when the same file becomes other bytes: caches ask for it
 
@@ -180,7 +184,7 @@ def decode(path: str | Path,
           ) -> Image.Image:           # mode RGB
     "A picture file as people see it: upright, on white, the first frame; one that cannot be read so raises `ValueError` with its name."
     with open_picture(path, least=least) as image:
-        picture = _on_white(_eight_bits(image) if image.mode[0] in "IF" else image)
+        picture = _rgb(image)
         if not least or math.prod(picture.size) <= LARGE or min(picture.size) <= least: return picture
         return picture.resize([round(side * least / min(picture.size)) for side in picture.size], Image.Resampling.BOX)
 

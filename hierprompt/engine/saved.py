@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..core import atomic_path, digest, foreign_content, from_dict, to_dict, write_json
+from ..core import atomic_path, digest, foreign_content, from_dict, list_of_texts, to_dict, write_json
 from .hosts import weights_sha256
 from .identity import NetworkIdentity, check_same_network
 from .registry import MODELS, method_kind
@@ -54,14 +54,11 @@ def _kind(tensor: Tensor) -> str:
 
 def fitting_names(model, names: Sequence[str]) -> list[str]:
     "Class names that fit a model, or an error."
-    if isinstance(names, (str, bytes, Mapping)): raise TypeError(f"class_names = {names!r} is no list of names")
-    names = list(names)
-    wrong = [name for name in names if not isinstance(name, str)]
-    if wrong: raise TypeError(f"class_names has {wrong[0]!r}, which is no text")
+    names = list_of_texts(names, "class_names")
     if len(names) != model.num_classes:     # two classes may have one name, as in CLIP's list for ImageNet
         raise ValueError(f"class_names has {len(names)} names for {model.num_classes} classes: "
                          f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")
-    return [str(name) for name in names]
+    return names
 
 def describe_saved(model,                       # a `Trainable`
                    tensors: Mapping[str, Tensor],

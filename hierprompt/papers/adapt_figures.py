@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import read_json
 from .adapt import datasets, survivors
 from ..results.block_runs import BlockRuns
 from ..results.figures import empty_panel, panels
-from ..results.metrics import run_files
+from ..results.metrics import finished_runs
 from ..results.published import load_published
 from ..results.tables import NOT_RUN, NOTHING
 
@@ -26,9 +25,8 @@ BRANCHES = ("image", "text")
 
 def pruned_runs(results: str | Path, profile: str, cells: Sequence[str]) -> dict[str, dict]:  # cell -> what its metrics.json holds
     "Of these cells, in their order, the finished runs that have masks."
-    files = run_files(results, profile)
-    found = {cell: read_json(files[cell]) for cell in cells if cell in files}
-    return {cell: raw for cell, raw in found.items() if raw.get("status") == "success" and survivors(raw["diagnostics"])}
+    found = finished_runs(results, profile, cells)
+    return {cell: vars(found[cell]) for cell in cells if cell in found and survivors(found[cell].diagnostics)}
 
 def final_masks(diagnostics: Mapping) -> dict[str, np.ndarray]:  # branch -> (layers, positions), True: still there
     "The masks that a run saved."

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import read_json
 from ..data.benchmarks import benchmark_tasks
 from ..results.ablations import Ablation, Step, Study, ablation_numbers, ablation_part, build_ablation
-from ..results.metrics import run_files
+from ..results.metrics import finished_runs
 from ..results.pages import Page, conflict_remarks
 from ..results.published import load_published
 from ..results.published_rows import DAVPT_1, DAVPT_3_9, FROZEN_VIT_B, SUPERVISED, Row, published_groups, rows_of
@@ -224,8 +223,7 @@ def gains(ablation: Ablation, base: str) -> pd.DataFrame:  # points, one line pe
 
 def devices(results: str | Path, profile: str, cells: Sequence[str]) -> str:
     "What the runs say that they ran on."
-    files = run_files(results, profile)
-    return listed(sorted({read_json(files[c])["device"] for c in cells if c in files}))
+    return listed(sorted({run.device for run in finished_runs(results, profile, cells).values()}))
 
 def cost_columns(ablation: Ablation, device: str) -> dict[str, list[str]]:  # heading -> one entry per step
     "Training time and peak memory of our runs, means over tasks."

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import read_json
 from .davpt import DEPTH
 from ..results.ablations import Ablation, Step, Study
 from ..results.figures import empty_panel, panels
-from ..results.metrics import run_files
+from ..results.metrics import finished_runs
 from ..results.published import load_published
 from ..results.tables import NOT_RUN, ResultsTable
 
@@ -131,9 +130,8 @@ def composition_remarks(ablation: Ablation) -> list[str]:  # of the block "ship"
 # %% ../../nbs/papers/40_davpt_figures.ipynb #c742bbe3
 def map_runs(results: str | Path, profile: str, cells: Sequence[str]) -> dict[str, dict]:  # cell -> diagnostics
     "Of these cells, the finished runs that clustered classes."
-    there = {cell: read_json(path) for cell, path in run_files(results, profile).items() if cell in cells}
-    found = {cell: raw["diagnostics"] for cell, raw in there.items() if raw.get("status") == "success"}
-    return {cell: diagnostics for cell, diagnostics in found.items() if diagnostics.get("map_seconds")}
+    found = finished_runs(results, profile, cells)
+    return {cell: run.diagnostics for cell, run in found.items() if run.diagnostics.get("map_seconds")}
 
 def pictured(blocks: Mapping[str, Mapping]) -> tuple[str, dict[str, str]]:  # of the table -> task, and label -> cell
     "What Fig. 3 shows: the first task of the ablations, and the two models whose attention is compared."

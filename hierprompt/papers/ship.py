@@ -15,11 +15,10 @@ from pathlib import Path
 import pandas as pd
 from torch import Tensor
 
-from ..core import read_json
 from ..methods.ship.affinity import partition
 from ..results.ablations import Step, Study
 from ..results.figures import empty_panel, panels
-from ..results.metrics import run_files
+from ..results.metrics import finished_runs
 from ..results.published import load_published
 from ..results.published_rows import FROZEN_VIT_B
 from ..results.tables import NOT_RUN, PAPER_PROFILES
@@ -108,8 +107,7 @@ def ship_runs(results: str | Path,  # the results folder
               cells: Sequence[str] | None = None,  # only these; None: all
              ) -> dict[str, dict]:  # cell -> content of its `metrics.json`
     "The finished runs of SHIP and its ablations."
-    there = {cell: read_json(path) for cell, path in run_files(results, profile).items() if cells is None or cell in cells}
-    return {cell: raw for cell, raw in there.items() if raw.get("status") == "success" and raw["method"] == "ship"}
+    return {cell: vars(run) for cell, run in finished_runs(results, profile, cells).items() if run.method == "ship"}
 
 def parameter_remarks(runs: Mapping[str, Mapping],  # from `ship_runs`
                       variants: Sequence[str],      # rows of SHIP in the table

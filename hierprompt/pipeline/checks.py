@@ -7,7 +7,7 @@ __all__ = ['MOST', 'check_count', 'check_once', 'check_seeds', 'vit_shape', 'che
            'covered']
 
 # %% ../../nbs/pipeline/22_checks.ipynb #6135e6a3
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import open_clip
@@ -17,7 +17,7 @@ from ..backbones.embedded_vit import EMBEDDED_NAME
 from ..backbones.pretrained import check_name, create_checked
 from ..clip.embedded_clip import SIZES
 from ..clip.model import EMBEDDED_CLIP, TINY_CLIP, check_activation, check_tokenizer
-from ..core import check_names, from_dict, lookup, shown, to_dict, within
+from ..core import check_file_names, from_dict, lookup, shown, to_dict, within
 from ..data.benchmarks import BENCHMARKS, list_tasks
 from .profiles import Clip, Data, Profile, check_profile_name
 from .stages import TABLES
@@ -122,8 +122,8 @@ def check_profile(profile: Profile) -> Profile:  # a copy, as it would be read f
     if not isinstance(profile, Profile): raise TypeError(f"{shown(profile)} is no Profile: see load_profile")
     profile = from_dict(Profile, to_dict(profile), "profile")   # somebody may have changed it since it was read
     check_profile_name(profile.profile)
-    check_names(profile.variants, "variant")
-    check_names(profile.tables, "table")
+    check_file_names(profile.variants, "variant")
+    check_file_names(profile.tables, "table")
     for name in profile.tables: lookup(dict.fromkeys(TABLES), name, "table")
     for name in ("threads", "shots"): check_count(getattr(profile, name), name)
     check_seeds(profile.seeds, "seeds")

@@ -7,8 +7,7 @@ __all__ = ['EMBEDDED_SIZES', 'DURATIONS', 'USUAL', 'OVERHEAD', 'IMAGE_TOWERS', '
            'asked_of', 'durations', 'remember', 'probe', 'Plan', 'past_metrics', 'Estimator', 'estimate', 'plan_pass']
 
 # %% ../../nbs/pipeline/68_plan.ipynb #72336d7f
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path

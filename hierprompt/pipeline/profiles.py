@@ -15,7 +15,7 @@ from typing import Any, Literal, Optional, Union
 
 import yaml
 
-from ..core import FRACTION, atomic_path, check_names, from_dict, lookup, read_yaml, shown, to_dict, within
+from ..core import FRACTION, atomic_path, check_file_names, from_dict, lookup, read_yaml, shown, to_dict, within
 
 # %% ../../nbs/pipeline/20_profiles.ipynb #935f88c9
 @dataclass
@@ -117,7 +117,7 @@ RESERVED = ("backbones", "benchmarks", "published")   # folders in stages/ and r
 
 def check_profile_name(name: str) -> None:
     "A name that cannot be one of a profile raises `ValueError`."
-    check_names([name], "profile")
+    check_file_names([name], "profile")
     if name.lower() in RESERVED: raise ValueError(f"name {name!r} of a profile: the folders of this name hold other things; choose another")
 
 def merge(base: dict, changes: dict) -> dict:
@@ -136,10 +136,10 @@ def _read_profile(name: str, folder: Path, below: tuple = ()) -> tuple[dict, lis
     if name in below: raise ValueError(f"profiles in {folder} stand on each other in a circle: {' -> '.join((*below, name))}")
     files = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
     values = read_yaml(file := lookup(files, name, f"profile in {folder}"))
-    check_names([other for other in files if other.lower() == name.lower()], "profile")
+    check_file_names([other for other in files if other.lower() == name.lower()], "profile")
     on = from_dict(_Below, {key: values.pop(key) for key in ("base", "rows") if key in values}, str(file))
     papers, used = [on.rows] if isinstance(on.rows, str) else on.rows or [], [file.name]
-    with within(str(file)): check_names(papers, "file in rows")
+    with within(str(file)): check_file_names(papers, "file in rows")
     for paper in papers:
         values = merge(values, merge(read_yaml(folder/"rows"/f"{paper}.yaml"), values))   # own values count, and stand first
         used.append(f"rows/{paper}.yaml")

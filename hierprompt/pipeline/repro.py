@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core import read_json
+from ..core import read_facts
 from .interruption import copy_locks, mend, only_one, sweep
 from .plan import plan_pass, remember
 from .profiles import active_profile
@@ -128,7 +128,7 @@ class Costs:
         "Adds a stage that has ended."
         self.busy += used["seconds"]
         if stage.level != "cell": return
-        spent = read_json(stage.metrics[0])["spent"]
+        spent = read_facts(stage.metrics[0], {"spent": dict[str, float]})["spent"]
         for name, seconds in spent.items(): self.spent[name] = self.spent.get(name, 0.0) + seconds
         self.cells, self.rest_of_cells = self.cells + 1, self.rest_of_cells + max(0.0, used["seconds"] - sum(spent.values()))
 

@@ -12,7 +12,7 @@ from math import prod
 
 from ..backbones.embedded_vit import EMBEDDED_NAME
 from ..clip.model import EMBEDDED_CLIP, TINY_CLIP
-from ..core import check_names, from_dict, lookup, to_dict, within
+from ..core import check_file_names, from_dict, lookup, to_dict, within
 from ..data.embedded.clip_tasks import CLIP_TASKS
 from ..data.embedded.tasks import EMBEDDED
 from ..data.preprocess import get_preprocess
@@ -20,7 +20,7 @@ from ..engine.registry import method_code, method_kind
 from ..engine.tuned import method_config
 from ..papers.davpt_settings import SETTINGS
 from .checks import benchmarks, check_crop, check_once, check_profile, check_seeds, covered
-from .profiles import Block, Change, Data, Profile, Table, Variant, load_profile
+from .profiles import Block, Change, Data, Profile, Table, Variant
 from .stages import FEW_SHOT, KINDS, SEGMENTED
 from ..seg.recipes import SEG_PACKS, SEG_RECIPES, seg_grid, seg_recipe
 from ..training.recipes import GRIDS, grid as recipe_grid, recipe as training_recipe
@@ -116,7 +116,7 @@ def _blocks(name: str, table: Table) -> dict[str, Block]:
     given = [key for key in ("variants", "tasks", "blocks") if getattr(table, key) is not None]
     if given not in (["variants", "tasks"], ["blocks"]):
         raise ValueError(f"table {name} has {', '.join(given) or 'nothing'}: give it either variants and tasks, or blocks")
-    check_names(table.blocks or (), f"block of table {name}")
+    check_file_names(table.blocks or (), f"block of table {name}")
     blocks = (
         {name: Block(table.variants, table.tasks)} if table.blocks is None else {key: block for key, block in table.blocks.items() if block}
     )

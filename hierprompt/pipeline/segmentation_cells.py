@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ..backbones.pretrained import backbone_info
-from ..core import atomic_path, digest, read_json, to_dict, write_json
+from ..core import atomic_path, digest, read_facts, to_dict, write_json
 from .cell_settings import cell_hash, keep_model
 from ..results.metrics import Metrics
 from ..seg.cell import SegCell, run_cell
@@ -86,7 +86,7 @@ def finished(cell: SegCell, folder: Path, progress: bool = False) -> dict:
     "What `run_cell` returns; a run that has finished in `folder` is read, an interrupted one goes on."
     numbers = folder/"numbers.json"
     if not numbers.is_file(): write_json(numbers, run_cell(to_dict(cell), folder, progress=progress))
-    return read_json(numbers)
+    return read_facts(numbers, {"test_seconds": dict[str, float]}, "delete it: the run is made again")
 
 # %% ../../nbs/pipeline/40_segmentation_cells.ipynb #b8ddd451
 SIDE = 84   # pixels of a picture in the strip

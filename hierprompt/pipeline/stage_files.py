@@ -12,10 +12,9 @@ from pathlib import Path
 import yaml
 
 from ..core import atomic_path, lookup, to_dict, within
-from ..engine.registry import method_code
 from ..papers.davpt_figures import pictured
 from .profiles import PARAMS, differences, load_profile, read_params, write_params
-from .resolve import cells_of, resolve, table_cells, tasks_of
+from .resolve import cells_of, resolve, table_cells
 from .settings import write_settings
 from .stages import BACKBONES, KINDS, LEVELS, ROOT_FILE, Stage, load_stages, settings_folder
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import check_names, parse_json
+from ..core import check_file_names, parse_json
 from .metrics import Metrics, check_metrics, finished, lacking, run_files
 
 # %% ../../nbs/results/90_compare.ipynb #f8f69818
@@ -219,7 +219,7 @@ def compare(new_root: str | Path = "results",   # results folder of the rebuild
             profile: str = "laptop",
            ) -> Comparison:
     "Judges every committed cell; no committed cell, a corrupt file or one of an older format raises `ValueError`."
-    check_names([profile], "profile")
+    check_file_names([profile], "profile")
     root = Path(new_root).absolute()
     new = from_folder(root, profile)
     old = (from_folder(committed, profile) if isinstance(committed, Path) else

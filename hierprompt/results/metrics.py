@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['PARAMETERS', 'SPENT', 'FORMAT', 'DERIVED', 'REMEDY', 'COLUMNS', 'APART', 'versions', 'processor', 'machine',
            'standard_error', 'Metrics', 'example_metrics', 'lacking', 'check_metrics', 'finished', 'read_metrics',
-           'run_files', 'failed_cells', 'collect', 'group_means', 'task_mean', 'mean_of_groups', 'averages',
-           'over_seeds']
+           'run_files', 'finished_runs', 'failed_cells', 'collect', 'group_means', 'task_mean', 'mean_of_groups',
+           'averages', 'over_seeds']
 
 # %% ../../nbs/results/10_metrics.ipynb #f04b51be
 import math
 import platform
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -227,6 +227,15 @@ def run_files(results: str | Path,  # the results folder
              ) -> dict[str, Path]:  # cell -> its metrics.json
     "The metrics files of a profile, in order of their cells; empty when nothing has been run."
     return {path.parent.name: path for path in sorted((Path(results) / profile / "runs").glob("*/metrics.json"))}
+
+def finished_runs(results: str | Path,                # the results folder
+                  profile: str,
+                  cells: Iterable[str] | None = None,   # None: all
+                 ) -> dict[str, Metrics]:             # cell -> its metrics, in the order of the files
+    "The cells that have finished; a damaged file raises `ValueError`."
+    files, wanted = run_files(results, profile), None if cells is None else set(cells)
+    there = {cell: finished(path) for cell, path in files.items() if wanted is None or cell in wanted}
+    return {cell: metrics for cell, metrics in there.items() if metrics is not None}
 
 def failed_cells(results: str | Path, profile: str) -> list[str]:
     "Cells whose run says that it failed."

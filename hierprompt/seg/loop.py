@@ -268,7 +268,8 @@ def evaluate(model,               # a segmentor, or one in `SegTTAModel`
     classes, areas = dataset.metainfo["classes"], []
     device = next(model.parameters()).device
     model.eval()
-    with torch.no_grad(), autocast(device, precision), quiet():
+    segmentor = getattr(model, "module", model)   # which `SegTTAModel` wraps
+    with torch.no_grad(), autocast(device, precision), quiet(), segmentor.remembered():
         for batch in tqdm(DataLoader(dataset, 1, num_workers=workers, collate_fn=pseudo_collate), desc="test", disable=not progress):
             for s in model.test_step(batch):
                 areas.append(_areas(s.pred_sem_seg.data.squeeze(), s.gt_sem_seg.data.squeeze(), len(classes)))

@@ -29,7 +29,7 @@ from mmseg.registry import DATASETS, TRANSFORMS
 from PIL import Image
 from tqdm import tqdm
 
-from ..core import lookup, read_json, sha256_file, write_json
+from ..core import lookup, read_facts, sha256_file, write_json
 from ..data.embedded.packs import pack_about
 from ..data.preprocess import decode, open_picture
 from ..data.tasks import PARTS
@@ -108,7 +108,7 @@ FORMAT = "hierprompt segmentation task 1"  # of task.json
 def _ours(root: Path) -> bool:
     "Whether a folder may be replaced: it is empty, or a tree that `write_task` wrote."
     if not any(root.iterdir()): return True
-    return (root / "task.json").is_file() and read_json(root / "task.json").get("format") == FORMAT
+    return (root / "task.json").is_file() and read_facts(root / "task.json", {}).get("format") == FORMAT
 
 @contextmanager
 def _whole_folder(root: Path) -> Iterator[Path]:
@@ -298,13 +298,18 @@ def inspect_pair(task: SegTask,
     return counts
 
 # %% ../../nbs/seg/20_tasks.ipynb #751189a0
+def _about(task: SegTask, root: Path) -> dict:
+    "What an embedded tree says of itself; a damaged file raises `ValueError` with the remedy."
+    wanted = dict(format=str, name=str, classes=list[str], counts=dict[str, int], sha256=dict[str, str])
+    return read_facts(root / "task.json", wanted, task.origin)
+
 def _check_tree(task: SegTask, root: Path) -> None:
     "Folders and lists are there, and a tree of ours says the right things of itself."
     for part in PARTS:
         for entry in filter(None, task.places[part]):
             if not (root / entry).exists(): raise FileNotFoundError(f"{root / entry} is missing: {task.origin}")
     if task.group != "embedded": return
-    about = read_json(root / "task.json")
+    about = _about(task, root)
     if about.get("format") != FORMAT or about["name"] != task.name:
         raise ValueError(f"{root} holds {about.get('name')!r} of format {about.get('format')!r}, not {task.name}: {task.origin}")
     if (found := about["classes"]) != task.classes:
@@ -338,7 +343,7 @@ def _told(task: SegTask, root: Path, faults: list[str]) -> str:
 
 def _recorded_faults(task: SegTask, root: Path, images: dict[str, int]) -> list[str]:
     "How an embedded tree differs from what its task.json says."
-    about = read_json(root / "task.json")
+    about = _about(task, root)
     faults = [f"{part} has {n} images, task.json says {about['counts'][part]}" for part, n in images.items() if n != about["counts"][part]]
     changed = [part for part in images if _part_hash(task, root, part) != about["sha256"][part]]
     return faults or [f"files of {part} are not those that were written: their hash differs from task.json's" for part in changed]

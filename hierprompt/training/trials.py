@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..core import CHECKOUT, digest, from_dict, read_json, sha256_file, to_dict, whole_number, write_json
+from ..core import CHECKOUT, digest, from_dict, read_facts, sha256_file, to_dict, whole_number, write_json
 from ..data.tasks import Split
 from ..engine.registry import method_code
 from .history import History
@@ -56,7 +57,7 @@ class Trials:
         seed = whole_number(seed, "seed")
         model = self.make_model(seed, **config)
         path = self.cache and Path(self.cache)/f"{self._key(model, recipe, seed)}.json"
-        if path and path.exists(): return read_json(path)
+        if path and path.exists(): return read_facts(path, {"status": Literal["success", "diverged"]}, "delete it: the run is made again")
         try: history = fit_splits(model, self.splits, recipe, seed, self.device, progress, self.memo)
         except FloatingPointError as error: result = {"status": "diverged", "error": str(error)}
         else: result = {"status": "success", "history": to_dict(history)}
