@@ -227,8 +227,9 @@ def test_with_all_off_the_loop_is_the_plain_one(vit, augmentation):
 
 
 def test_momentum_reaches_the_optimizer_and_nothing_else(vit):
-    rows = [quiet(tune(vit, "linear", num_classes=4), recipe=recipe(QUICK, **changes)).rows for changes in ({}, {"momentum": 0.9}, {"momentum": 0})]
-    assert rows[0] == rows[1] and rows[0][0]["loss"] != rows[2][0]["loss"]
+    default, same, none = (quiet(tune(vit, "linear", num_classes=4), recipe=recipe(QUICK, **changes)).rows
+                           for changes in ({}, {"momentum": 0.9}, {"momentum": 0}))
+    assert default == same and default[0]["loss"] != none[0]["loss"]
 
 
 @pytest.mark.parametrize("changes", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0, "erasing": 0.25}, {"erasing": 0.9}])

@@ -257,7 +257,8 @@ def _restore(self: Trainer, state: dict) -> None:
     for name, t in wanted.items(): t.data = tensors[name].to(t.device, copy=True)   # of another shape where a method removed something
     self.model.tuner.recall({name.removeprefix("method."): t for name, t in tensors.items() if name.startswith("method.")})
     self.model.train(self.model.training)   # forgets what was remembered of other weights
-    if self.average is not None: self.average.kept = {n: tensors[f"average.{n}"].to(t.device, copy=True) for n, t in self.average.kept.items()}
+    if self.average is not None:
+        self.average.kept = {name: tensors[f"average.{name}"].to(t.device, copy=True) for name, t in self.average.kept.items()}
     memory = {}
     for name in tensors:
         if name.startswith("optimizer."): memory.setdefault(int(name.split(".")[1]), {})[name.split(".", 2)[2]] = tensors[name].clone()
@@ -303,8 +304,9 @@ def fit(model,                         # a `TunedModel`; trained in place, left 
         device=None,                   # as PyTorch names it; None: CUDA where there is one, else the CPU
         progress: bool = True,         # a progress bar
        ) -> History:
-    """Trains what the method declares (with `recipe.ema` the model ends with the averages); bad data raise `ValueError`, what is no model and no split `TypeError`, values that are not finite
-    `FloatingPointError`. Stopped in the middle, it leaves the model in evaluation mode too."""
+    """Trains what the method declares; with `recipe.ema` the model ends with the averages. Bad data raise `ValueError`, what is no model
+    and no split `TypeError`, values that are not finite `FloatingPointError`. Stopped in the middle, it leaves the model in evaluation
+    mode too."""
     splits = {k: s for k, s in {"train": train, "valid": valid, "test": test}.items() if s is not None or k == "train"}
     return fit_splits(model, splits, as_recipe(recipe), seed, device, progress, {})
 

@@ -77,8 +77,8 @@ class Recipe:
         if self.optimizer != "sgd" and self.momentum != Recipe.momentum:
             raise ValueError(f"momentum = {self.momentum} belongs to optimizer='sgd': leave it out with optimizer={self.optimizer!r}")
         if self.samples_per_class and self.mixes:
-            raise ValueError(f"samples_per_class = {self.samples_per_class} with mixup = {self.mixup}, cutmix = {self.cutmix}: mixed images "
-                             "have no class, use samples_per_class=None, or mixup=0 and cutmix=0")
+            raise ValueError(f"samples_per_class = {self.samples_per_class} with mixup = {self.mixup}, cutmix = {self.cutmix}: mixed "
+                             "images have no class, use samples_per_class=None, or mixup=0 and cutmix=0")
 
     @property
     def mixes(self) -> bool: return self.mixup > 0 or self.cutmix > 0   # labels become probabilities
@@ -166,7 +166,7 @@ _BASELINES = {
     "mosa": replace(_MOSA, augment="crop_flip"),                                           # 1.14; lr by task
     "mosa_vtab": _MOSA,                                                                    # 1.14; one setting
     "dam_vp": Recipe(lr=1.0, lr_batch=None, weight_decay=1e-4, head_weight_decay=0.0, momentum=0.0, epochs=50, batch_size=128,
-                     warmup_epochs=10, schedule_on="update"),                              # 1.15; warm-up 20 %, the head at the prompts' rate
+                     warmup_epochs=10, schedule_on="update"),                            # 1.15; 20 % warm-up, the head at the prompts' rate
     "e2vpt": Recipe(),                                                                     # 1.16: VPT's, with its grid; 128 images on FGVC
     "sa2vp": Recipe(optimizer="adamw", decay="matrices", lr=1e-3, lr_batch=None, weight_decay=1e-4, drop_last=True, min_lr=1e-7,
                     schedule_on="update"),                                                 # 1.17; batch 40 or 64
