@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-# the longest files: a process that begins one of them last would be waited for
+# the longest files: a process that begins one of them last would be waited for (Makefile: --no-loadscope-reorder keeps the order)
 FIRST = ("test_pipeline_kills.py", "test_pipeline.py", "test_kernels.py")
 
 
