@@ -643,7 +643,8 @@ def test_prototypes_alone_prepare_a_model(vit6, floats):
     given, model = ship(vit6, floats), tune(vit6, "ship", 3, **SMALL)
     model.tuner.load_state_dict({"prototypes": given.tuner.prototypes}, strict=False)
     assert model.tuner.prepared and torch.equal(model.tuner.prototypes, given.tuner.prototypes)
-    with pytest.raises(ValueError, match=r"ssp_prompts has shape \(9, 96\), has to be"): model.tuner.restore({"ssp_prompts": torch.zeros(9, 96)})
+    with pytest.raises(ValueError, match=r"ssp_prompts has shape \(9, 96\), has to be"):
+        model.tuner.restore({"ssp_prompts": torch.zeros(9, 96)})
 
 
 # Cost, state and settings beyond the invariants
