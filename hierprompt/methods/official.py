@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_official']
 
-# %% ../../nbs/methods/90_official.ipynb #fed560c8
+# %% ../../nbs/methods/90_official.ipynb #6ebcde2b
 import os
 import pickle
 import re
@@ -24,7 +24,7 @@ from ..core import lookup
 from ..engine.registry import METHODS, method_kind
 from ..engine.tuned import tune
 
-# %% ../../nbs/methods/90_official.ipynb #f8d459c9
+# %% ../../nbs/methods/90_official.ipynb #58d277b8
 _make = np._core.multiarray   # what a pickled array is made by, under NumPy's present and former name
 _ARRAYS = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8")),
            *((getattr(_make, name), f"numpy.{core}.multiarray.{name}") for core in ("_core", "core") for name in ("_reconstruct", "scalar"))]
@@ -61,7 +61,7 @@ def _read(files: str | Path | Sequence, method: str) -> dict[str, Tensor]:
     if found: return found
     raise ValueError(f"there are no tensors in {files}: give the official code's checkpoint")
 
-# %% ../../nbs/methods/90_official.ipynb #68c43a0b
+# %% ../../nbs/methods/90_official.ipynb #28e9e858
 class _Names:
     "Official tensors that are still to be taken."
     def __init__(self, tensors: Mapping[str, Tensor], method: str): self.left, self.method = dict(tensors), method
@@ -87,7 +87,7 @@ class _Taken:
     tensors: dict[str, Tensor]          # by the names of the tuned model
     mapping: Tensor | None = None       # (C,) DA-VPT's class map
 
-# %% ../../nbs/methods/90_official.ipynb #fa33e7d6
+# %% ../../nbs/methods/90_official.ipynb #b629e821
 def _words(names: _Names, network, settings: Mapping) -> _Taken:
     "CoOp, ProGrad: learnt words."
     names.ignore("token_(prefix|suffix|midfix)")
@@ -115,7 +115,7 @@ def _cocoop(names: _Names, network, settings: Mapping) -> _Taken:
     taken.settings["reduction"] = seen // hidden
     return taken
 
-# %% ../../nbs/methods/90_official.ipynb #b08389e8
+# %% ../../nbs/methods/90_official.ipynb #2aee18f1
 _LEARNER = r"prompt_learner\.token_(prefix|suffix|midfix)"
 
 def _maple(names: _Names, network, settings: Mapping) -> _Taken:
@@ -140,7 +140,7 @@ def _stacked(tensors: list[Tensor], name: str) -> Tensor:
     if len(shapes) == 1: return torch.stack(tensors)
     raise ValueError(f"{name} has tensors of shapes {sorted(shapes)}: they have to be of one shape, give one run's file")
 
-# %% ../../nbs/methods/90_official.ipynb #92eabf0e
+# %% ../../nbs/methods/90_official.ipynb #1fea4acc
 def _vpt(names: _Names, shallow: bool) -> _Taken:
     "Prompts of the first block, or of all."
     short = "shallow_prompt" in names.left
@@ -155,7 +155,7 @@ def _vpt_shallow(names: _Names, network, settings: Mapping) -> _Taken: return _v
 
 def _vpt_deep(names: _Names, network, settings: Mapping) -> _Taken: return _vpt(names, False)
 
-# %% ../../nbs/methods/90_official.ipynb #6b416d43
+# %% ../../nbs/methods/90_official.ipynb #dc7879f3
 def _head(names: _Names) -> dict[str, Tensor]: return {name: names.take(name) for name in ("head.weight", "head.bias")}
 
 def _ship(names: _Names, network, settings: Mapping) -> _Taken:
@@ -195,7 +195,7 @@ _MAPS = {"coop": _words, "prograd": _words, "kgcoop": _kgcoop, "cocoop": _cocoop
          "vpt_shallow": _vpt_shallow, "vpt_deep": _vpt_deep, "ship": _ship, "da_vpt": _da_vpt}
 _PRESETS = {"ship": "released", "da_vpt": "released", "vpt_shallow": "released", "vpt_deep": "released", "prograd": "released"}
 
-# %% ../../nbs/methods/90_official.ipynb #2fd99be5
+# %% ../../nbs/methods/90_official.ipynb #536d5823
 _RENAMED = [   # official pattern, name here
     (r"image_encoder\.(.+)", r"visual.\1"), (r"text_encoder\.(.+)", r"\1"),
     (r"enc\.transformer\.embeddings\.patch_embeddings\.(.+)", r"patch_embed.proj.\1"), (r"enc\.transformer\.embeddings\.cls_token", "cls_token"),
@@ -211,7 +211,7 @@ def _host_name(name: str) -> str:
 def _frozen(model, names: _Names, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Compares what is left with the model's network and returns what of it trains; unknown names, and a network of other values, raise
     `ValueError`."""
-    own = (model.host.vit if hasattr(model.host, "vit") else model.clip.model).state_dict()
+    own = (model.clip.model if hasattr(model, "clip") else model.host.vit).state_dict()
     trained, unknown = {}, []
     for official, tensor in names.left.items():
         name = _host_name(official)
@@ -235,7 +235,7 @@ def _check_same(name: str, tensor: Tensor, known: Tensor, method: str) -> None:
     bias = ", or name it in bias_set if it was trained" if method == "da_vpt" else ""
     raise ValueError(f"{name} {what}: the file is of another network; load the one that it was trained on{bias}")
 
-# %% ../../nbs/methods/90_official.ipynb #720c30d7
+# %% ../../nbs/methods/90_official.ipynb #0c47e5f2
 def _fill(model, taken: _Taken, names: _Names) -> None:
     "Copies the tensors to their places; all have to be filled, by tensors of their shapes."
     tensors, tuner = taken.tensors, model.tuner
