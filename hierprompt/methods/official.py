@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_official']
 
-# %% ../../nbs/methods/90_official.ipynb #6ebcde2b
+# %% ../../nbs/methods/90_official.ipynb #de788395
 import os
 import pickle
 import re
@@ -24,10 +24,11 @@ from ..core import lookup
 from ..engine.registry import METHODS, method_kind
 from ..engine.tuned import tune
 
-# %% ../../nbs/methods/90_official.ipynb #58d277b8
+# %% ../../nbs/methods/90_official.ipynb #35efed64
 _make = np._core.multiarray   # what a pickled array is made by, under NumPy's present and former name
 _ARRAYS = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8")),
-           *((getattr(_make, name), f"numpy.{core}.multiarray.{name}") for core in ("_core", "core") for name in ("_reconstruct", "scalar"))]
+           *((getattr(_make, name), f"numpy.{core}.multiarray.{name}")
+             for core in ("_core", "core") for name in ("_reconstruct", "scalar"))]
 _REWRITE = {"da_vpt": '{"state_dict": content.state_dict(), "mapping": torch.tensor(content.vpt_criterion.mapping)}',
             "ship": '{"model": content["model"]}'}
 
@@ -61,7 +62,7 @@ def _read(files: str | Path | Sequence, method: str) -> dict[str, Tensor]:
     if found: return found
     raise ValueError(f"there are no tensors in {files}: give the official code's checkpoint")
 
-# %% ../../nbs/methods/90_official.ipynb #28e9e858
+# %% ../../nbs/methods/90_official.ipynb #b7a4f5b2
 class _Names:
     "Official tensors that are still to be taken."
     def __init__(self, tensors: Mapping[str, Tensor], method: str): self.left, self.method = dict(tensors), method
@@ -87,12 +88,13 @@ class _Taken:
     tensors: dict[str, Tensor]          # by the names of the tuned model
     mapping: Tensor | None = None       # (C,) DA-VPT's class map
 
-# %% ../../nbs/methods/90_official.ipynb #b629e821
+# %% ../../nbs/methods/90_official.ipynb #eef73f1f
 def _words(names: _Names, network, settings: Mapping) -> _Taken:
     "CoOp, ProGrad: learnt words."
     names.ignore("token_(prefix|suffix|midfix)")
     ctx = names.take("ctx")
-    if ctx.ndim not in (2, 3): raise ValueError(f"ctx has shape {tuple(ctx.shape)}, has to be (n, d) or (K, n, d): give a prompt learner's file")
+    if ctx.ndim not in (2, 3):
+        raise ValueError(f"ctx has shape {tuple(ctx.shape)}, has to be (n, d) or (K, n, d): give a prompt learner's file")
     return _Taken(dict(n_ctx=ctx.shape[-2], class_specific=ctx.ndim == 3), {"tuner.text.ctx": ctx})
 
 def _phrase(taken: _Taken) -> _Taken:
@@ -115,7 +117,7 @@ def _cocoop(names: _Names, network, settings: Mapping) -> _Taken:
     taken.settings["reduction"] = seen // hidden
     return taken
 
-# %% ../../nbs/methods/90_official.ipynb #2aee18f1
+# %% ../../nbs/methods/90_official.ipynb #e911797f
 _LEARNER = r"prompt_learner\.token_(prefix|suffix|midfix)"
 
 def _maple(names: _Names, network, settings: Mapping) -> _Taken:
@@ -140,22 +142,24 @@ def _stacked(tensors: list[Tensor], name: str) -> Tensor:
     if len(shapes) == 1: return torch.stack(tensors)
     raise ValueError(f"{name} has tensors of shapes {sorted(shapes)}: they have to be of one shape, give one run's file")
 
-# %% ../../nbs/methods/90_official.ipynb #1fea4acc
+# %% ../../nbs/methods/90_official.ipynb #83e46de9
 def _vpt(names: _Names, shallow: bool) -> _Taken:
     "Prompts of the first block, or of all."
     short = "shallow_prompt" in names.left
     prompts = [names.take("shallow_prompt" if short else "enc.transformer.prompt_embeddings")]
     if not shallow: prompts.append(names.take("deep_prompt" if short else "enc.transformer.deep_prompt_embeddings"))
     if any(p.ndim != 3 or p.shape[1:] != prompts[0].shape[1:] for p in prompts):
-        raise ValueError(f"prompts have shapes {[tuple(p.shape) for p in prompts]}, have to be (1, p, D) and (L - 1, p, D): give one run's file")
-    head = {} if "head.last_layer.weight" not in names.left else {f"head.{k}": names.take(f"head.last_layer.{k}") for k in ("weight", "bias")}
+        raise ValueError(f"prompts have shapes {[tuple(p.shape) for p in prompts]}, have to be (1, p, D) and (L - 1, p, D): give one run's "
+                         "file")
+    there = "head.last_layer.weight" in names.left
+    head = {f"head.{k}": names.take(f"head.last_layer.{k}") for k in ("weight", "bias")} if there else {}
     return _Taken(dict(num_tokens=prompts[0].shape[1]), {"tuner.prompts": torch.cat(prompts), **head})
 
 def _vpt_shallow(names: _Names, network, settings: Mapping) -> _Taken: return _vpt(names, True)
 
 def _vpt_deep(names: _Names, network, settings: Mapping) -> _Taken: return _vpt(names, False)
 
-# %% ../../nbs/methods/90_official.ipynb #dc7879f3
+# %% ../../nbs/methods/90_official.ipynb #0ec1bc81
 def _head(names: _Names) -> dict[str, Tensor]: return {name: names.take(name) for name in ("head.weight", "head.bias")}
 
 def _ship(names: _Names, network, settings: Mapping) -> _Taken:
@@ -169,8 +173,9 @@ def _ship(names: _Names, network, settings: Mapping) -> _Taken:
     if "prototypes" not in names.left:
         raise ValueError("prototypes are missing: the official code of ship keeps them apart, give its prototype_200_clusters.npy as a "
                          "second file")
-    tensors = {"tuner.sip_prompts": _stacked(sip, "compound_prompts_visual").squeeze(1), "tuner.ssp_prompts": names.take("semantic_share_prompt"),
-               "tuner.ap_prompts": names.take("attribute_prompt"), "tuner.prototypes": names.take("prototypes"), **_head(names)}
+    tensors = {"tuner.sip_prompts": _stacked(sip, "compound_prompts_visual").squeeze(1),
+               "tuner.ssp_prompts": names.take("semantic_share_prompt"), "tuner.ap_prompts": names.take("attribute_prompt"),
+               "tuner.prototypes": names.take("prototypes"), **_head(names)}
     (_, num, _), attributes = tensors["tuner.sip_prompts"].shape, tensors["tuner.ap_prompts"].shape
     return _Taken(dict(num_tokens=num, num_shared=len(tensors["tuner.ssp_prompts"]), num_ap_hierarchies=attributes[0],
                        num_attributes=attributes[1], num_prototypes=len(tensors["tuner.prototypes"])), tensors)
@@ -181,7 +186,8 @@ def _da_vpt(names: _Names, network, settings: Mapping) -> _Taken:
     guided, other = names.take("proxy_prompt_tokens"), names.take("other_prompt_tokens")
     (count, size, _), depth = guided.shape, len(guided) + len(other)
     layers = settings.get("guided_layers") or list(range(depth - count, depth))
-    if len(layers) != count: raise ValueError(f"guided_layers = {layers}, but proxy_prompt_tokens are those of {count} blocks: name as many")
+    if len(layers) != count:
+        raise ValueError(f"guided_layers = {layers}, but proxy_prompt_tokens are those of {count} blocks: name as many")
     guided, other = iter(guided), iter(other)
     tensors = {f"tuner.prompts.{i}": next(guided if i in layers else other) for i in range(depth)}
     found = dict(num_guided=size, fill_to=size, vpt_norm="layer" if "vpt_norm.weight" in names.left else "none")
@@ -195,11 +201,13 @@ _MAPS = {"coop": _words, "prograd": _words, "kgcoop": _kgcoop, "cocoop": _cocoop
          "vpt_shallow": _vpt_shallow, "vpt_deep": _vpt_deep, "ship": _ship, "da_vpt": _da_vpt}
 _PRESETS = {"ship": "released", "da_vpt": "released", "vpt_shallow": "released", "vpt_deep": "released", "prograd": "released"}
 
-# %% ../../nbs/methods/90_official.ipynb #536d5823
+# %% ../../nbs/methods/90_official.ipynb #9d4e28f9
 _RENAMED = [   # official pattern, name here
     (r"image_encoder\.(.+)", r"visual.\1"), (r"text_encoder\.(.+)", r"\1"),
-    (r"enc\.transformer\.embeddings\.patch_embeddings\.(.+)", r"patch_embed.proj.\1"), (r"enc\.transformer\.embeddings\.cls_token", "cls_token"),
-    (r"enc\.transformer\.embeddings\.position_embeddings", "pos_embed"), (r"enc\.transformer\.encoder\.encoder_norm\.(.+)", r"norm.\1"),
+    (r"enc\.transformer\.embeddings\.patch_embeddings\.(.+)", r"patch_embed.proj.\1"),
+    (r"enc\.transformer\.embeddings\.cls_token", "cls_token"),
+    (r"enc\.transformer\.embeddings\.position_embeddings", "pos_embed"),
+    (r"enc\.transformer\.encoder\.encoder_norm\.(.+)", r"norm.\1"),
     *((rf"enc\.transformer\.encoder\.layer\.(\d+)\.{a}\.(.+)", rf"blocks.\1.{b}.\2") for a, b in (
         ("attention_norm", "norm1"), ("ffn_norm", "norm2"), (r"ffn\.fc1", "mlp.fc1"), (r"ffn\.fc2", "mlp.fc2"), (r"attn\.query", "attn.q"),
         (r"attn\.key", "attn.k"), (r"attn\.value", "attn.v"), (r"attn\.out", "attn.proj")))]
@@ -235,7 +243,7 @@ def _check_same(name: str, tensor: Tensor, known: Tensor, method: str) -> None:
     bias = ", or name it in bias_set if it was trained" if method == "da_vpt" else ""
     raise ValueError(f"{name} {what}: the file is of another network; load the one that it was trained on{bias}")
 
-# %% ../../nbs/methods/90_official.ipynb #0c47e5f2
+# %% ../../nbs/methods/90_official.ipynb #bff393d1
 def _fill(model, taken: _Taken, names: _Names) -> None:
     "Copies the tensors to their places; all have to be filled, by tensors of their shapes."
     tensors, tuner = taken.tensors, model.tuner
@@ -265,7 +273,7 @@ def _assign(model, mapping: Tensor | None) -> None:
 def load_official(method: str,                      # a method with a name map, see below
                   files: str | Path | Sequence,     # one file of the official code, or several that belong together
                   network,                          # the backbone, or the CLIP, that the prompts were trained on
-                  classes: int | Sequence[str] | None = None,   # names for a CLIP; for a ViT only where the files have no classifier: how many
+                  classes: int | Sequence[str] | None = None,   # for a CLIP their names; for a ViT how many, if the files have no classifier
                   preset: str | None = None,        # None: the released code's, where there is one
                   **settings,                       # what no tensor tells: SHIP's `starts`, `bias_set`, `normalize`, `templates`, ...
                  ):                                 # a `TunedModel` or a `PromptedCLIP` in evaluation mode
@@ -283,7 +291,8 @@ def load_official(method: str,                      # a method with a name map, 
     else:
         head = taken.tensors.get("head.weight")
         if head is None and classes is None: raise TypeError("classes: the files have no classifier, give the number of classes")
-        if head is not None and classes not in (None, len(head)): raise ValueError(f"classes = {classes}, but the files' head has {len(head)}")
+        if head is not None and classes not in (None, len(head)):
+            raise ValueError(f"classes = {classes}, but the files have a classifier of {len(head)}: leave classes out")
         model = tune(network, method, len(head) if head is not None else classes, preset, **settings)
     _fill(model, taken, names)
     _assign(model, taken.mapping)
