@@ -44,7 +44,8 @@ def buffers(width, prefix=""): return {f"{prefix}token_prefix": some(9, 1, width
 def learner(clip, method, n=4):
     "What CoOp and its relatives save."
     d, e = clip.text.dim, clip.embed_dim
-    more = {"bias_vectors": some(1, 512), "meta_net.linear1.weight": some(8, 8), "meta_net.linear1.bias": some(8)} if method == "kgcoop" else {}
+    more = {}
+    if method == "kgcoop": more = {"bias_vectors": some(1, 512), "meta_net.linear1.weight": some(8, 8), "meta_net.linear1.bias": some(8)}
     if method == "cocoop":
         more = {"meta_net.linear1.weight": some(e // 16, e, seed=1), "meta_net.linear1.bias": some(e // 16, seed=2),
                 "meta_net.linear2.weight": some(d, e // 16, seed=3), "meta_net.linear2.bias": some(d, seed=4)}
@@ -185,7 +186,8 @@ def test_ship(vit, tmp_path):
     with pytest.raises(ValueError, match="visual_prompt_indices"): hp.load_official("ship", files, vit, normalize="imagenet")
     with pytest.raises(ValueError, match="prototype_200_clusters.npy"): hp.load_official("ship", files[0], vit, starts=[0, 1, 3])
     np.save(files[1], some(20, 23).numpy())
-    with pytest.raises(ValueError, match="prototypes has shape"): hp.load_official("ship", files, vit, starts=[0, 1, 3], normalize="imagenet")
+    with pytest.raises(ValueError, match="prototypes has shape"):
+        hp.load_official("ship", files, vit, starts=[0, 1, 3], normalize="imagenet")
 
 
 def test_ship_prototypes_by_hand(vit):
@@ -255,7 +257,8 @@ def test_objects_are_not_read(clip, vit, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(ctx=None), "ctx is missing"), (dict(words=some(2, 2)), "unknown names: words"), (dict(ctx=some(4, 47)), r"tuner.text.ctx is \(4, 47\)"),
+    (dict(ctx=None), "ctx is missing"), (dict(words=some(2, 2)), "unknown names: words"),
+    (dict(ctx=some(4, 47)), r"tuner.text.ctx is \(4, 47\)"),
     (dict(ctx=some(48)), "has to be"),
 ])
 def test_what_does_not_fit_is_named(clip, tmp_path, change, message):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_official']
 
-# %% ../../nbs/methods/90_official.ipynb #de788395
+# %% ../../nbs/methods/90_official.ipynb #c6e6ce4b
 import os
 import pickle
 import re
@@ -24,7 +24,7 @@ from ..core import lookup
 from ..engine.registry import METHODS, method_kind
 from ..engine.tuned import tune
 
-# %% ../../nbs/methods/90_official.ipynb #35efed64
+# %% ../../nbs/methods/90_official.ipynb #0a4e87b1
 _make = np._core.multiarray   # what a pickled array is made by, under NumPy's present and former name
 _ARRAYS = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8")),
            *((getattr(_make, name), f"numpy.{core}.multiarray.{name}")
@@ -62,7 +62,7 @@ def _read(files: str | Path | Sequence, method: str) -> dict[str, Tensor]:
     if found: return found
     raise ValueError(f"there are no tensors in {files}: give the official code's checkpoint")
 
-# %% ../../nbs/methods/90_official.ipynb #b7a4f5b2
+# %% ../../nbs/methods/90_official.ipynb #91445700
 class _Names:
     "Official tensors that are still to be taken."
     def __init__(self, tensors: Mapping[str, Tensor], method: str): self.left, self.method = dict(tensors), method
@@ -88,7 +88,7 @@ class _Taken:
     tensors: dict[str, Tensor]          # by the names of the tuned model
     mapping: Tensor | None = None       # (C,) DA-VPT's class map
 
-# %% ../../nbs/methods/90_official.ipynb #eef73f1f
+# %% ../../nbs/methods/90_official.ipynb #4d9faba3
 def _words(names: _Names, network, settings: Mapping) -> _Taken:
     "CoOp, ProGrad: learnt words."
     names.ignore("token_(prefix|suffix|midfix)")
@@ -117,7 +117,7 @@ def _cocoop(names: _Names, network, settings: Mapping) -> _Taken:
     taken.settings["reduction"] = seen // hidden
     return taken
 
-# %% ../../nbs/methods/90_official.ipynb #e911797f
+# %% ../../nbs/methods/90_official.ipynb #25ecb5af
 _LEARNER = r"prompt_learner\.token_(prefix|suffix|midfix)"
 
 def _maple(names: _Names, network, settings: Mapping) -> _Taken:
@@ -142,7 +142,7 @@ def _stacked(tensors: list[Tensor], name: str) -> Tensor:
     if len(shapes) == 1: return torch.stack(tensors)
     raise ValueError(f"{name} has tensors of shapes {sorted(shapes)}: they have to be of one shape, give one run's file")
 
-# %% ../../nbs/methods/90_official.ipynb #83e46de9
+# %% ../../nbs/methods/90_official.ipynb #b835ba35
 def _vpt(names: _Names, shallow: bool) -> _Taken:
     "Prompts of the first block, or of all."
     short = "shallow_prompt" in names.left
@@ -159,7 +159,7 @@ def _vpt_shallow(names: _Names, network, settings: Mapping) -> _Taken: return _v
 
 def _vpt_deep(names: _Names, network, settings: Mapping) -> _Taken: return _vpt(names, False)
 
-# %% ../../nbs/methods/90_official.ipynb #0ec1bc81
+# %% ../../nbs/methods/90_official.ipynb #04a35a74
 def _head(names: _Names) -> dict[str, Tensor]: return {name: names.take(name) for name in ("head.weight", "head.bias")}
 
 def _ship(names: _Names, network, settings: Mapping) -> _Taken:
@@ -168,7 +168,7 @@ def _ship(names: _Names, network, settings: Mapping) -> _Taken:
     sip = names.series("compound_prompts_visual.{}")
     starts = settings.get("starts")
     if starts is None or len(starts) != len(sip):
-        raise ValueError(f"starts = {starts}, but the file has prompts of {len(sip)} hierarchies: give the run's visual_prompt_indices, the "
+        raise ValueError(f"starts = {starts}, but the file has prompts of {len(sip)} hierarchies: give its visual_prompt_indices, the "
                          f"{len(sip)} first blocks of its hierarchies, as starts=[0, ...]")
     if "prototypes" not in names.left:
         raise ValueError("prototypes are missing: the official code of ship keeps them apart, give its prototype_200_clusters.npy as a "
@@ -201,7 +201,7 @@ _MAPS = {"coop": _words, "prograd": _words, "kgcoop": _kgcoop, "cocoop": _cocoop
          "vpt_shallow": _vpt_shallow, "vpt_deep": _vpt_deep, "ship": _ship, "da_vpt": _da_vpt}
 _PRESETS = {"ship": "released", "da_vpt": "released", "vpt_shallow": "released", "vpt_deep": "released", "prograd": "released"}
 
-# %% ../../nbs/methods/90_official.ipynb #9d4e28f9
+# %% ../../nbs/methods/90_official.ipynb #af62f72e
 _RENAMED = [   # official pattern, name here
     (r"image_encoder\.(.+)", r"visual.\1"), (r"text_encoder\.(.+)", r"\1"),
     (r"enc\.transformer\.embeddings\.patch_embeddings\.(.+)", r"patch_embed.proj.\1"),
@@ -232,18 +232,19 @@ def _frozen(model, names: _Names, wanted: Mapping[str, Tensor]) -> dict[str, Ten
         elif known is None: unknown.append(official)
         else: _check_same(official, tensor, known, names.method)
     if not unknown: return trained
-    raise ValueError(f"unknown names: {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}; the map of {names.method} has no place "
+    raise ValueError(f"unknown names: {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}; {names.method}'s map has no place "
                      "for them: the file is of another method or of settings that are not here")
 
 def _check_same(name: str, tensor: Tensor, known: Tensor, method: str) -> None:
     "`ValueError` unless the file's frozen tensor is the network's."
     known = known.detach().float().cpu()
     if tensor.shape == known.shape and (tensor - known).norm() <= 2e-3 * known.norm().clamp_min(1e-6): return
-    what = f"has shape {tuple(tensor.shape)}, here {tuple(known.shape)}" if tensor.shape != known.shape else "has other values"
+    same_shape = tensor.shape == known.shape
+    what = "has other values" if same_shape else f"has shape {tuple(tensor.shape)}, here {tuple(known.shape)}"
     bias = ", or name it in bias_set if it was trained" if method == "da_vpt" else ""
     raise ValueError(f"{name} {what}: the file is of another network; load the one that it was trained on{bias}")
 
-# %% ../../nbs/methods/90_official.ipynb #bff393d1
+# %% ../../nbs/methods/90_official.ipynb #dcebcff7
 def _fill(model, taken: _Taken, names: _Names) -> None:
     "Copies the tensors to their places; all have to be filled, by tensors of their shapes."
     tensors, tuner = taken.tensors, model.tuner
@@ -273,14 +274,14 @@ def _assign(model, mapping: Tensor | None) -> None:
 def load_official(method: str,                      # a method with a name map, see below
                   files: str | Path | Sequence,     # one file of the official code, or several that belong together
                   network,                          # the backbone, or the CLIP, that the prompts were trained on
-                  classes: int | Sequence[str] | None = None,   # for a CLIP their names; for a ViT how many, if the files have no classifier
+                  classes: int | Sequence[str] | None = None,   # for a CLIP names; for a ViT how many, if files have no classifier
                   preset: str | None = None,        # None: the released code's, where there is one
                   **settings,                       # what no tensor tells: SHIP's `starts`, `bias_set`, `normalize`, `templates`, ...
                  ):                                 # a `TunedModel` or a `PromptedCLIP` in evaluation mode
     """Prompts that the official code has saved, as a tuned model.
 
-    Sizes follow from the shapes. A method without a map raises `KeyError`; names that are missing or unknown, wrong shapes, a network of other
-    values, and files that want classes to be read raise `ValueError` with the remedy; a file that is not there `FileNotFoundError`."""
+    Sizes follow from the shapes. A method without a map raises `KeyError`; names that are missing or unknown, wrong shapes, another network,
+    and files that want classes to be read raise `ValueError` with the remedy; a file that is not there `FileNotFoundError`."""
     read = lookup(_MAPS, method, "method with a map of official names")
     names = _Names(_read(files, method), method)
     taken = read(names, network, settings)
