@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_official']
 
-# %% ../../nbs/methods/90_official.ipynb #c6e6ce4b
+# %% ../../nbs/methods/90_official.ipynb #b28a4b83
 import os
 import pickle
 import re
@@ -24,7 +24,7 @@ from ..core import lookup
 from ..engine.registry import METHODS, method_kind
 from ..engine.tuned import tune
 
-# %% ../../nbs/methods/90_official.ipynb #0a4e87b1
+# %% ../../nbs/methods/90_official.ipynb #af3047fa
 _make = np._core.multiarray   # what a pickled array is made by, under NumPy's present and former name
 _ARRAYS = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8")),
            *((getattr(_make, name), f"numpy.{core}.multiarray.{name}")
@@ -62,7 +62,7 @@ def _read(files: str | Path | Sequence, method: str) -> dict[str, Tensor]:
     if found: return found
     raise ValueError(f"there are no tensors in {files}: give the official code's checkpoint")
 
-# %% ../../nbs/methods/90_official.ipynb #91445700
+# %% ../../nbs/methods/90_official.ipynb #83afe24a
 class _Names:
     "Official tensors that are still to be taken."
     def __init__(self, tensors: Mapping[str, Tensor], method: str): self.left, self.method = dict(tensors), method
@@ -88,7 +88,7 @@ class _Taken:
     tensors: dict[str, Tensor]          # by the names of the tuned model
     mapping: Tensor | None = None       # (C,) DA-VPT's class map
 
-# %% ../../nbs/methods/90_official.ipynb #4d9faba3
+# %% ../../nbs/methods/90_official.ipynb #62e4de9f
 def _words(names: _Names, network, settings: Mapping) -> _Taken:
     "CoOp, ProGrad: learnt words."
     names.ignore("token_(prefix|suffix|midfix)")
@@ -117,7 +117,7 @@ def _cocoop(names: _Names, network, settings: Mapping) -> _Taken:
     taken.settings["reduction"] = seen // hidden
     return taken
 
-# %% ../../nbs/methods/90_official.ipynb #25ecb5af
+# %% ../../nbs/methods/90_official.ipynb #b4b9e03d
 _LEARNER = r"prompt_learner\.token_(prefix|suffix|midfix)"
 
 def _maple(names: _Names, network, settings: Mapping) -> _Taken:
@@ -142,7 +142,7 @@ def _stacked(tensors: list[Tensor], name: str) -> Tensor:
     if len(shapes) == 1: return torch.stack(tensors)
     raise ValueError(f"{name} has tensors of shapes {sorted(shapes)}: they have to be of one shape, give one run's file")
 
-# %% ../../nbs/methods/90_official.ipynb #b835ba35
+# %% ../../nbs/methods/90_official.ipynb #6c9807bb
 def _vpt(names: _Names, shallow: bool) -> _Taken:
     "Prompts of the first block, or of all."
     short = "shallow_prompt" in names.left
@@ -159,7 +159,7 @@ def _vpt_shallow(names: _Names, network, settings: Mapping) -> _Taken: return _v
 
 def _vpt_deep(names: _Names, network, settings: Mapping) -> _Taken: return _vpt(names, False)
 
-# %% ../../nbs/methods/90_official.ipynb #04a35a74
+# %% ../../nbs/methods/90_official.ipynb #8b31310f
 def _head(names: _Names) -> dict[str, Tensor]: return {name: names.take(name) for name in ("head.weight", "head.bias")}
 
 def _ship(names: _Names, network, settings: Mapping) -> _Taken:
@@ -201,7 +201,7 @@ _MAPS = {"coop": _words, "prograd": _words, "kgcoop": _kgcoop, "cocoop": _cocoop
          "vpt_shallow": _vpt_shallow, "vpt_deep": _vpt_deep, "ship": _ship, "da_vpt": _da_vpt}
 _PRESETS = {"ship": "released", "da_vpt": "released", "vpt_shallow": "released", "vpt_deep": "released", "prograd": "released"}
 
-# %% ../../nbs/methods/90_official.ipynb #af62f72e
+# %% ../../nbs/methods/90_official.ipynb #055ab075
 _RENAMED = [   # official pattern, name here
     (r"image_encoder\.(.+)", r"visual.\1"), (r"text_encoder\.(.+)", r"\1"),
     (r"enc\.transformer\.embeddings\.patch_embeddings\.(.+)", r"patch_embed.proj.\1"),
@@ -244,7 +244,7 @@ def _check_same(name: str, tensor: Tensor, known: Tensor, method: str) -> None:
     bias = ", or name it in bias_set if it was trained" if method == "da_vpt" else ""
     raise ValueError(f"{name} {what}: the file is of another network; load the one that it was trained on{bias}")
 
-# %% ../../nbs/methods/90_official.ipynb #dcebcff7
+# %% ../../nbs/methods/90_official.ipynb #ebceb4ff
 def _fill(model, taken: _Taken, names: _Names) -> None:
     "Copies the tensors to their places; all have to be filled, by tensors of their shapes."
     tensors, tuner = taken.tensors, model.tuner
@@ -280,8 +280,8 @@ def load_official(method: str,                      # a method with a name map, 
                  ):                                 # a `TunedModel` or a `PromptedCLIP` in evaluation mode
     """Prompts that the official code has saved, as a tuned model.
 
-    Sizes follow from the shapes. A method without a map raises `KeyError`; names that are missing or unknown, wrong shapes, another network,
-    and files that want classes to be read raise `ValueError` with the remedy; a file that is not there `FileNotFoundError`."""
+    Sizes follow from the shapes. A method without a map raises `KeyError`; names that are missing or unknown, wrong shapes, another
+    network, and files that want classes to be read raise `ValueError` with the remedy; a file that is not there `FileNotFoundError`."""
     read = lookup(_MAPS, method, "method with a map of official names")
     names = _Names(_read(files, method), method)
     taken = read(names, network, settings)
