@@ -24,6 +24,7 @@ register_methods("vit", {
     "da_vpt_ship": f"{_HERE}.davpt.guided_ship:GuidedSHIP",
     "spt_lora": f"{_HERE}.vit.spt:SPTLoRA",
     "spt_adapter": f"{_HERE}.vit.spt:SPTAdapter",
+    "mosa": f"{_HERE}.vit.mosa:MoSA",
 })
 
 # %% ../../nbs/methods/10_names.ipynb #7270a2c5
