@@ -274,7 +274,7 @@ def test_cells_are_those_of_the_blocks(name):
         blocks = table["blocks"].values()
         assert table["variants"] == list(dict.fromkeys(v for block in blocks for v in block["variants"]))
         assert table["tasks"] == list(dict.fromkeys(t for block in blocks for t in block["tasks"]))
-        if table["table"] == "baselines": assert table["blocks"].keys() == {"baselines"}
+        if table["table"] == "baselines" and name in ("laptop", "smoke", "reference"): assert table["blocks"].keys() == {"baselines"}
     cells = {f"{v}-{t}" for table in params["tables"].values() for v, t in table_cells(table)}
     assert set(cells_of(params)) == cells
     stages = build_stages(params)
@@ -732,7 +732,7 @@ def test_paper_profiles_on_fixture_trees(tmp_path):
             "seg_linear": {"seeds": [42]},
         },
         "tables": {
-            "baselines": {"variants": ["vpt_deep"], "tasks": ["cifar100", "kitti", "cub200"]},
+            "baselines": {"variants": ["vpt_deep"], "tasks": ["cifar100", "kitti", "cub200"], "blocks": None},
             "ship": {"blocks": {"table_1": {"variants": ["vpt_deep"], "tasks": ["kitti"]},
                                 **dict.fromkeys(["table_2", "table_2_more", "table_3", "table_4"])}},
             "adapt": {"blocks": {"table_1": {"variants": ["kgcoop", "adapt_t16"], "tasks": ["coop_eurosat"]},
