@@ -24,6 +24,9 @@ register_methods("vit", {
     "da_vpt_ship": f"{_HERE}.davpt.guided_ship:GuidedSHIP",
     "spt_lora": f"{_HERE}.vit.spt:SPTLoRA",
     "spt_adapter": f"{_HERE}.vit.spt:SPTAdapter",
+    "sct": f"{_HERE}.vit.sct:SCT",
+    "gate_vpt": f"{_HERE}.vit.gate_vpt:GateVPT",
+    "e2vpt": f"{_HERE}.vit.e2vpt:E2VPT",
 })
 
 # %% ../../nbs/methods/10_names.ipynb #7270a2c5
