@@ -31,6 +31,7 @@ register_methods("vit", {
     "gate_vpt": f"{_HERE}.vit.gate_vpt:GateVPT",
     "e2vpt": f"{_HERE}.vit.e2vpt:E2VPT",
     "mosa": f"{_HERE}.vit.mosa:MoSA",
+    "mp": f"{_HERE}.vit.mp:MP",
 })
 
 # %% ../../nbs/methods/10_names.ipynb #7270a2c5
