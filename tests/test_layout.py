@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PACKAGE, NOTEBOOKS = ROOT/"hierprompt", ROOT/"nbs"
 # from the ground up
-ROOMS = ("core", "engine", "backbones", "clip", "data", "methods", "training", "seg", "results", "papers", "pipeline")
+ROOMS = ("core", "engine", "backbones", "clip", "data", "methods", "training", "searches", "seg", "results", "papers", "pipeline")
 WIDTH = 140   # columns
 FACES = ("__init__.py", "__main__.py", "_modidx.py")   # they only hand names on
 
