@@ -43,8 +43,8 @@ def task_settings(method: str,                    # in the table
     return {task: found[task] for tasks in covered.values() for task in tasks if task in found}
 
 # %% ../../nbs/papers/25_baseline_settings.ipynb #6dd81462
-RECIPE_FIELDS = {"lr": "lr", "weight_decay": "weight_decay", "label_smoothing": "label_smoothing", "drop_path": "drop_path", "ema_decay": "ema",
-                 "batch_size": "batch_size"}
+RECIPE_FIELDS = {"lr": "lr", "weight_decay": "weight_decay", "label_smoothing": "label_smoothing", "drop_path": "drop_path",
+                 "ema_decay": "ema", "batch_size": "batch_size"}
 CONFIG_FIELDS = {   # method -> setting -> field of its configuration
     "ssf": {}, "mp": {}, "sct": {}, "e2vpt": {"prompts": "num_tokens", "kv_prompts": "num_kv"},
     "gate_vpt": {"prompts": "num_tokens", "gate_init": "gate_init"},

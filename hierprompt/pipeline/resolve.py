@@ -227,7 +227,8 @@ def _check_changes(profile: Profile, variant: Variant) -> None:
 @cache
 def _published_changes(name: str) -> dict[str, Change]:
     "Task -> what published settings change there."
-    return {task: Change(entry["config"], entry["recipe"]) for task, entry in lookup({**SETTINGS, **BASELINE_SETTINGS}, name, "settings")().items()}
+    settings = lookup({**SETTINGS, **BASELINE_SETTINGS}, name, "settings")()
+    return {task: Change(entry["config"], entry["recipe"]) for task, entry in settings.items()}
 
 def _changes(variant: Variant, task: str) -> list[Change]:
     "What a task changes in a variant, later ones count more: published settings, the benchmark's entry, the task's."

@@ -38,7 +38,8 @@ class E2VPTConfig(VPTConfig):
             raise ValueError("importance = 'absolute' is how trained masks are scored, and there are none: use masks='trained'")
         _check_places("masked_tokens", self.masked_tokens, self.num_tokens)
         if len(self.masked_segments) not in (0, self.num_tokens):
-            raise ValueError(f"masked_segments has {len(self.masked_segments)} entries, one for each of {self.num_tokens} prompts is wanted")
+            raise ValueError(f"masked_segments has {len(self.masked_segments)} entries, one for each of {self.num_tokens} prompts is "
+                             "wanted")
         for j, parts in enumerate(self.masked_segments): _check_places(f"masked_segments[{j}]", parts, self.num_segments)
 
     @property

@@ -176,7 +176,7 @@ def _fold(layer: nn.Linear,    # changed in place
     layer.weight[rows] += scale * change.weight @ layer.weight[rows]
     layer.bias[rows] += scale * (change.weight @ layer.bias[rows] + change.bias)
 
-def merge_sct(model):  # a `TunedModel` with method "sct", place "mlp" or "qkv"; left as it is. Returns a timm ViT with the classifier in place
+def merge_sct(model):  # a `TunedModel` with method "sct", place "mlp" or "qkv"; left as it is. Returns a timm ViT with the classifier
     "The tuned network as a plain timm model with equal logits (for images that are normalised already)."
     if model.method != "sct" or model.config.place == "attn":
         raise ValueError(f"merge_sct wants a model tuned with 'sct' at place 'mlp' or 'qkv', this one has {model.method!r}"
