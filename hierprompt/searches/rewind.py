@@ -74,7 +74,7 @@ class Pruned:
     @property
     def seconds(self) -> float:
         "What all runs took."
-        return self.history.total_seconds + self.trials.seconds.sum()
+        return self.history.total_seconds + float(self.trials.seconds.sum())
 
 def rewind(make_model: Callable,  # `make_model(seed, **config)` returns a fresh "e2vpt", its masks trained unless `config` says otherwise
            train: Split,
