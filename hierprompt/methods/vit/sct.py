@@ -147,7 +147,7 @@ class SCT(Tuner):
     def added(self, i: int, target: str, x: Tensor, y: Tensor) -> Tensor:
         "`y` (B, n, W) and the change of its salient channels, given their values in `x` (B, n, W)."
         channels = self.channels[i, list(self.maps).index(target)]
-        return y.index_add(-1, channels, (self.config.scale * self.maps[target][i](x.index_select(-1, channels))).to(y.dtype))
+        return y.index_add(2, channels, (self.config.scale * self.maps[target][i](x.index_select(-1, channels))).to(y.dtype))
 
     def branch(self, i: int, site: str, x: Tensor, y: Tensor) -> Tensor:
         "The change of the residual stream behind attention."
