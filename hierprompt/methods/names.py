@@ -27,6 +27,7 @@ register_methods("vit", {
     "ssf": f"{_HERE}.vit.ssf:SSF",
     "snf": f"{_HERE}.vit.snf:SNF",
     "adaptformer": f"{_HERE}.vit.adaptformer:AdaptFormer",
+    "noah": f"{_HERE}.vit.noah:NOAH",
 })
 
 # %% ../../nbs/methods/10_names.ipynb #7270a2c5
