@@ -6,9 +6,10 @@
 __all__ = ['PRESETS', 'Subnet', 'check_subnet', 'released_subnets', 'read_subnet', 'NOAHConfig', 'Rows', 'modules_of',
            'depths_of', 'choice', 'random_sizes', 'random_subnet', 'NOAH']
 
-# %% ../../../nbs/methods/vit/80_noah.ipynb #d0c6cec2
+# %% ../../../nbs/methods/vit/80_noah.ipynb #e1317943
 import csv
 from dataclasses import dataclass
+from itertools import accumulate
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from ...core import CHECKOUT, lookup, read_json
 from ...engine.block_loop import Context, Segment, Tuner
 
-# %% ../../../nbs/methods/vit/80_noah.ipynb #45c63a6c
+# %% ../../../nbs/methods/vit/80_noah.ipynb #4157608b
 class Subnet(NamedTuple):
     "Sizes of the modules of each block; 0: the block has none."
     prompts: tuple[int, ...]    # v, tokens
@@ -42,7 +43,7 @@ def check_subnet(sizes,       # three sequences of whole numbers: prompts, lora,
     if not any(map(any, sizes)): raise ValueError("all sizes of the subnet are 0: that is the method 'linear'")
     return Subnet(*map(tuple, sizes))
 
-# %% ../../../nbs/methods/vit/80_noah.ipynb #d02ff628
+# %% ../../../nbs/methods/vit/80_noah.ipynb #2b1aac27
 def released_subnets(path: str | Path = CHECKOUT / "results" / "published" / "noah_subnets.csv") -> dict[str, Subnet]:  # by task
     "What NOAH's search found for VTAB-1k on ViT-B/16, 12 blocks each; a missing file raises `FileNotFoundError`."
     if not Path(path).is_file(): raise FileNotFoundError(f"{path} does not exist: restore it from version control")
@@ -58,7 +59,7 @@ def read_subnet(name: str  # a task of VTAB-1k, or a file that `search_noah` wro
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name} holds no subnet, lists of whole numbers named {', '.join(Subnet._fields)}: search again") from error
 
-# %% ../../../nbs/methods/vit/80_noah.ipynb #42aaa094
+# %% ../../../nbs/methods/vit/80_noah.ipynb #7a3d3e0b
 @dataclass
 class NOAHConfig:
     subnet: Optional[str] = None     # a task of VTAB-1k or a file, see `read_subnet`; it gives the next three
@@ -96,14 +97,13 @@ PRESETS = {
     "supernet_wide": dict(space=[5, 10, 50, 100]),  # the one that the released scripts name
 }
 
-# %% ../../../nbs/methods/vit/80_noah.ipynb #066f408c
+# %% ../../../nbs/methods/vit/80_noah.ipynb #a6d0858b
 class Rows(nn.Module):
     "For each block some rows of the same widths."
     def __init__(self, sizes: tuple[int, ...],   # rows of each block
                  **widths: int):                 # name -> numbers in a row, 0: one number, in a vector
         super().__init__()
-        ends = torch.tensor(sizes).cumsum(0).tolist()
-        self.starts = [end - size for end, size in zip(ends, sizes)]
+        self.starts = [0, *accumulate(sizes)]
         for name, width in widths.items():
             shape = (sum(sizes), width) if width else (sum(sizes),)
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)) if sum(sizes) else None)
@@ -124,7 +124,7 @@ def modules_of(host, largest: Subnet, super_tokens: int, rng: torch.Generator | 
         elif p.ndim == 2: nn.init.trunc_normal_(p, std=0.02, generator=rng)
     return made
 
-# %% ../../../nbs/methods/vit/80_noah.ipynb #77e95aa8
+# %% ../../../nbs/methods/vit/80_noah.ipynb #f1545774
 def depths_of(depth: int) -> list[int]:
     "How many of a backbone's blocks may have a module: 3, 6, 9 and 12 of 12; quarters of another number, rounded up."
     return sorted({ceil(depth * quarter / 4) for quarter in (1, 2, 3, 4)})
@@ -151,7 +151,7 @@ class NOAH(Tuner):
         self.largest = self.subnet = config.sizes(host.depth)
         self.rows = modules_of(host, self.largest, config.super_tokens, rng)
         self.dropout = nn.Dropout(config.dropout)
-        self.draws = torch.Generator().manual_seed((torch if rng is None else rng).initial_seed()).get_state()   # of a supernet
+        self.draws = torch.Generator("cpu").manual_seed((torch if rng is None else rng).initial_seed()).get_state()   # of a supernet
 
     def use(self, subnet: Subnet) -> None:
         "What evaluation runs; a subnet that is no part of this network raises `ValueError`."
@@ -163,7 +163,7 @@ class NOAH(Tuner):
 
     def draw(self) -> Subnet:
         "The next training pass's subnet."
-        generator = torch.Generator()
+        generator = torch.Generator("cpu")
         generator.set_state(self.draws)
         subnet = random_subnet(self.config.space, self.depth, generator)
         self.draws = generator.get_state()

@@ -6,7 +6,7 @@
 __all__ = ['NOAHSearch', 'mutated', 'crossed', 'fresh', 'best', 'proposed', 'Found', 'stored', 'as_rows', 'search_noah',
            'accuracy_of']
 
-# %% ../../../nbs/methods/vit/82_noah_search.ipynb #5e5e06ac
+# %% ../../../nbs/methods/vit/82_noah_search.ipynb #01dbaca0
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from ...core import digest, read_json, rng, to_dict, write_json
 from ...engine.hosts import weights_sha256
 from .noah import Subnet, choice, depths_of, random_subnet
 
-# %% ../../../nbs/methods/vit/82_noah_search.ipynb #7344c69c
+# %% ../../../nbs/methods/vit/82_noah_search.ipynb #058e1f6f
 @dataclass
 class NOAHSearch:
     limit: int = 640_000      # trained parameters besides the classifier, at most; the release counts some that nobody reads, see below
@@ -39,10 +39,10 @@ class NOAHSearch:
         for name in ("mutate", "new_depth"):
             if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name} = {getattr(self, name)} is not in [0, 1]")
 
-# %% ../../../nbs/methods/vit/82_noah_search.ipynb #4a368f17
+# %% ../../../nbs/methods/vit/82_noah_search.ipynb #ef0544f2
 def mutated(parent: Subnet, space: list[int], settings: NOAHSearch, generator: torch.Generator) -> Subnet:
     "A child of one parent."
-    happens, depth = lambda p: float(torch.rand((), generator=generator)) < p, len(parent.prompts)
+    happens, depth = lambda p: float(torch.rand((), generator=generator, device="cpu")) < p, len(parent.prompts)
     def child(sizes):
         if not (happens(settings.mutate) and happens(settings.new_depth)): return sizes
         now, until = sizes.index(0) if 0 in sizes else depth, choice(depths_of(depth), generator)
@@ -54,7 +54,7 @@ def crossed(first: Subnet, second: Subnet, generator: torch.Generator) -> Subnet
     "A child of two."
     return Subnet(*(choice(pair, generator) for pair in zip(first, second)))
 
-# %% ../../../nbs/methods/vit/82_noah_search.ipynb #3eee93d9
+# %% ../../../nbs/methods/vit/82_noah_search.ipynb #ff7018c9
 def fresh(propose: Callable[[], Subnet], most: int, tries: int, allowed: Callable[[Subnet], bool], found: list[Subnet]) -> None:
     "Adds to `found` new ones that are allowed, until there are `most`."
     for _ in range(tries):
@@ -83,7 +83,7 @@ def proposed(history: list[list[tuple[Subnet, float]]], space: list[int], depth:
                          f"smallest has {least}: allow more")
     return found
 
-# %% ../../../nbs/methods/vit/82_noah_search.ipynb #8ddca573
+# %% ../../../nbs/methods/vit/82_noah_search.ipynb #0f3a74cf
 @dataclass
 class Found:
     "What a search found."
