@@ -16,11 +16,15 @@ METHODS = list_methods("vit")
 CASES = [(m, p) for m in METHODS for p in tuner_class(m).presets]
 LABELS = torch.arange(6) % 3
 AT_IDENTITY = {"linear", "full", "bias", "spt_lora", "spt_adapter"}   # by default; see test_loras_start too
-WITH_BUFFERS = {"ship", "da_vpt", "da_vpt_ship", "spt_lora", "spt_adapter", "adaptformer"}
+WITH_BUFFERS = {"ship", "da_vpt", "da_vpt_ship", "spt_lora", "spt_adapter", "adaptformer", "sct"}
 NO_BUFFERS = {("adaptformer", "mosa")}   # presets that have none all the same
 # settings that six images of 5 or 17 tokens allow, for methods whose defaults want more
 _SHIP = dict(num_tokens=4, num_shared=2, num_attributes=3, num_prototypes=5, num_matching=4, threshold=1.0)
-TEST_SETTINGS = {"ship": _SHIP, "da_vpt_ship": _SHIP | dict(num_guided=3)}
+TEST_SETTINGS = {
+    "ship": _SHIP,
+    "da_vpt_ship": _SHIP | dict(num_guided=3),
+    "sct": dict(num_channels=6),
+}
 
 
 def other_vit():

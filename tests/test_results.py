@@ -79,7 +79,6 @@ def test_every_file_is_in_the_index():
         ("davpt_appendix_vtab_per_task", 10),
         ("ship_winners", 19),
         ("ship_partitions", 19),
-        ("noah_subnets", 19),
         ("ship_table2", 7),
         ("ship_table3", 9),
         ("ship_table4", 16),

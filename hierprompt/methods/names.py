@@ -27,6 +27,9 @@ register_methods("vit", {
     "ssf": f"{_HERE}.vit.ssf:SSF",
     "snf": f"{_HERE}.vit.snf:SNF",
     "adaptformer": f"{_HERE}.vit.adaptformer:AdaptFormer",
+    "sct": f"{_HERE}.vit.sct:SCT",
+    "gate_vpt": f"{_HERE}.vit.gate_vpt:GateVPT",
+    "e2vpt": f"{_HERE}.vit.e2vpt:E2VPT",
     "noah": f"{_HERE}.vit.noah:NOAH",
 })
 

@@ -44,11 +44,14 @@ def check_subnet(sizes,       # three sequences of whole numbers: prompts, lora,
     return Subnet(*map(tuple, sizes))
 
 # %% ../../../nbs/methods/vit/80_noah.ipynb #2b1aac27
-def released_subnets(path: str | Path = CHECKOUT / "results" / "published" / "noah_subnets.csv") -> dict[str, Subnet]:  # by task
+_SETTINGS = dict(prompts="prompts", lora="lora", adapters="adapter")   # as the table names them
+
+def released_subnets(path: str | Path = CHECKOUT / "results" / "published" / "baseline_settings.csv") -> dict[str, Subnet]:  # by task
     "What NOAH's search found for VTAB-1k on ViT-B/16, 12 blocks each; a missing file raises `FileNotFoundError`."
     if not Path(path).is_file(): raise FileNotFoundError(f"{path} does not exist: restore it from version control")
-    with open(path, encoding="utf-8", newline="") as file:
-        return {row["task"]: Subnet(*(tuple(map(int, row[kind].split())) for kind in Subnet._fields)) for row in csv.DictReader(file)}
+    with open(path, encoding="utf-8", newline="") as file: rows = [row for row in csv.DictReader(file) if row["method"] == "noah"]
+    found = {(row["task"], row["setting"]): tuple(map(int, row["value"].split())) for row in rows if row["setting"] in _SETTINGS.values()}
+    return {task: Subnet(*(found[task, setting] for setting in _SETTINGS.values())) for task in dict.fromkeys(task for task, _ in found)}
 
 def read_subnet(name: str  # a task of VTAB-1k, or a file that `search_noah` wrote
                ) -> Subnet:
