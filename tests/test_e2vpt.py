@@ -1,4 +1,5 @@
 "E2VPT: against its formula, masks by loops, counted, what can be removed."
+import functools
 import itertools
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 from test_methods import LABELS, steps
 from test_ssf import FLOATS, plain
 
+from hierprompt.data.benchmarks import list_tasks
 from hierprompt.engine.hosts import as_host
 from hierprompt.engine.saved import load_tuned
 from hierprompt.engine.tuned import method_config, tune
 from hierprompt.methods.vit.e2vpt import E2VPT, E2VPTConfig, frozen_mask, lowest, mask_counts, mask_settings
+from hierprompt.papers.baseline_settings import task_settings
+from hierprompt.results.published import load_published
 
 HOSTS = [{}, dict(init_values=0.1, global_pool="avg"), dict(qkv_bias=False, depth=1, num_heads=4),
          dict(class_token=False, global_pool="avg")]
@@ -79,6 +83,25 @@ def test_counts(size, settings, count):
     assert sum(p.numel() for p in tuner.parameters()) == count
 
 
+def test_printed_numbers():
+    "Shares of the backbone that the method's text gives; the others are no mean of the documented commands (baselines spec 0)."
+    printed = {(name, r.params): r.params_convention for name in ("ship_table1", "davpt_table1", "davpt_table3_fgvc")
+               for r in load_published(name).itertuples() if r.method == "E2VPT"}
+    shares = {("ship_table1", 0.27): 0.32, ("davpt_table1", 0.33): 0.39}    # percent
+    others = {("davpt_table1", 0.06), ("davpt_table1", 0.11), ("davpt_table3_fgvc", 0.65)}
+    assert printed == dict.fromkeys(shares, "share of 85.8 M") | dict.fromkeys(others, "not reproduced")
+    for (_, millions), percent in shares.items(): assert round(percent * 85_798_656 / 1e8, 2) == millions
+    settings, tasks = task_settings("e2vpt"), {name: list_tasks(name) for name in ("vtab", "fgvc")}
+    with torch.device("meta"):
+        host = as_host(timm.create_model("vit_base_patch16_224", num_classes=0))
+        count = functools.cache(lambda p, n: sum(t.numel() for t in E2VPT(host, E2VPTConfig(num_tokens=p, num_kv=n)).parameters()))
+    own = {name: [count(settings[t]["prompts"], settings[t]["kv_prompts"]) / 1e6 for t in tasks[name]] for name in tasks}
+    mean = {name: sum(numbers) / len(numbers) for name, numbers in (own | {"both": own["vtab"] + own["fgvc"]}).items()}
+    head = {"vtab": 0.0380, "fgvc": 0.1804, "both": (19 * 0.0380 + 5 * 0.1804) / 24}
+    found = {round(mean[name] + with_head * head[name], 2) for name in mean for with_head in (0, 1)}
+    assert found == {0.14, 0.18, 0.09, 0.27, 0.13, 0.20} and not found & {millions for _, millions in others}
+
+
 def test_start(vit):
     a, b = (tune(vit, "e2vpt", 3, preset).tuner for preset in ("released", "pruning"))
     prompts = tune(vit, "vpt_deep", 3, num_tokens=10).tuner.prompts
@@ -86,6 +109,23 @@ def test_start(vit):
     bound = (6 / (5 * a.kv.shape[-1])) ** 0.5
     assert 0.95 * bound < a.kv.abs().max() <= bound and abs(a.kv.mean()) < 0.1 * bound
     assert torch.equal(b.token_mask, torch.ones(10)) and torch.equal(b.segment_mask, torch.ones(10, 16))
+
+
+def test_what_it_is_made_of(vit, images):
+    "Without learnt keys and values it is VPT-Deep; masks of one, and masks that mask nothing, change no bit."
+    deep, bare, own = (tune(vit, method, 3, num_tokens=4, **kw).eval() for method, kw in
+                       (("vpt_deep", {}), ("e2vpt", dict(num_kv=0)), ("e2vpt", {})))
+    assert torch.equal(bare(images), deep(images)) and not torch.equal(own(images), deep(images))
+    for settings in (dict(masks="trained"), dict(masked_segments=[[]] * 4)):
+        assert torch.equal(tune(vit, "e2vpt", 3, num_tokens=4, **settings).eval()(images), own(images))
+
+
+def test_masks_that_do_not_fit_are_refused(images):
+    state = tune(plain(), "e2vpt", 3, masks="trained").state_dict()
+    for settings, name in ((dict(num_segments=8), "segment_mask"), (dict(num_tokens=4), "token_mask"), (dict(num_kv=3), "kv"),
+                           (dict(shared_kv=False), "kv")):
+        with pytest.raises((RuntimeError, ValueError), match=name):
+            tune(plain(), "e2vpt", 3, masks="trained", **settings).load_state_dict(state)
 
 
 def test_masks_train_in_the_first_stage_alone(images):

@@ -1,5 +1,6 @@
 "GateVPT: against its formula and against the release's order of clamping, counted, with gates open and closed."
 import copy
+import itertools
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ import hierprompt as hp
 from hierprompt.engine.hosts import as_host
 from hierprompt.engine.tuned import method_config, tune
 from hierprompt.methods.vit.gate_vpt import GateVPT, clamped
+from hierprompt.results.published import load_published
 
 HOSTS = [{}, dict(init_values=0.1, global_pool="avg"), dict(qkv_bias=False, num_heads=4, depth=2),
          dict(class_token=False, global_pool="avg")]
@@ -100,6 +102,17 @@ def test_counts(size, tokens, count):
     with torch.device("meta"):
         host = as_host(timm.create_model(f"vit_{size}_patch16_224", num_classes=0))
         assert sum(p.numel() for p in GateVPT(host, method_config("gate_vpt", None, num_tokens=tokens)).parameters()) == count
+
+
+def test_the_printed_number_is_none_of_theirs():
+    "DA-VPT's 0.17 million: no number of prompts of VPT's grid gives it, under any of the tables' ways of counting (baselines spec 0)."
+    table = load_published("davpt_table1")
+    printed = table[table.method == "GateVPT"]
+    assert printed.params.tolist() == [0.17, 0.17] and set(printed.params_convention) == {"not reproduced"}
+    vtab, fgvc = 0.0380, 0.1804                                             # mean classifiers
+    for p, head in itertools.product((1, 5, 10, 50, 100, 200), (0, vtab, fgvc, (19 * vtab + 5 * fgvc) / 24)):
+        assert round((768 * p + 23) / 1e6 + head, 2) != 0.17
+    assert round((768 * 100 + 23) / 1e6 + vtab, 3) == 0.115
 
 
 def test_open_and_closed_gates(vit, images):

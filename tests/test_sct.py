@@ -9,8 +9,10 @@ from test_methods import LABELS, other_vit, steps
 from test_ssf import FLOATS, plain
 
 from hierprompt.engine.hosts import as_host
+from hierprompt.engine.saved import load_tuned
 from hierprompt.engine.tuned import method_config, tune
 from hierprompt.methods.vit.sct import SCT, SCTConfig, class_norms, largest, merge_sct
+from hierprompt.results.published import load_published
 
 HOSTS = [{}, dict(init_values=0.1, global_pool="avg"), dict(qkv_bias=False, depth=1, num_heads=4),
          dict(class_token=False, global_pool="avg")]
@@ -120,10 +122,40 @@ def test_counts(preset, size, count):
         assert sum(p.numel() for p in SCT(host, method_config("sct", preset)).parameters()) == count
 
 
+def test_the_printed_number_is_theirs_without_classifier():
+    printed = load_published("ship_table1").set_index("method").loc["SCT"]
+    assert printed.params == round(12 * (96 ** 2 + 96) / 1e6, 2) and printed.params_convention == "without head"
+
+
 def test_start(vit):
     tuner = tune(vit, "sct", 3, num_channels=48).tuner
     weights = torch.cat([layer.weight.flatten() for layer in tuner.layers])
     assert 0.019 < weights.std() < 0.021 and not any(layer.bias.any() for layer in tuner.layers)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_it_is_the_frozen_network_where_its_maps_are_zero_and_nowhere_else(place, images):
+    "So not at the start, whose weights are random (baselines spec 1.10)."
+    vit = plain()
+    frozen, model = tune(vit, "linear", 3).features(FLOATS), tune(vit, "sct", 3, place=place, num_channels=7)
+    model.prepare(images, LABELS)
+    assert not torch.equal(model.features(FLOATS), frozen)
+    with torch.no_grad():
+        for layer in model.tuner.layers: layer.weight.zero_()
+    assert torch.equal(model.features(FLOATS), frozen)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_channels_are_saved_and_come_back(place, images, tmp_path):
+    "Into a model that has seen no images, and into one that found others."
+    vit = plain()
+    model = ready(vit, images, place).eval()
+    model.save_pretrained(tmp_path)
+    unseen, other = (tune(vit, "sct", 3, place=place, num_channels=7) for _ in range(2))
+    other.prepare(images.flip(0) ** 3, LABELS)
+    for again in (load_tuned(tmp_path, vit), unseen, other):
+        again.load_state_dict(model.state_dict())
+        assert torch.equal(again.tuner.channels, model.tuner.channels) and torch.equal(again.eval()(images), model(images))
 
 
 @pytest.mark.parametrize("place", ["mlp", "qkv"])
