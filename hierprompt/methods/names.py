@@ -24,6 +24,9 @@ register_methods("vit", {
     "da_vpt_ship": f"{_HERE}.davpt.guided_ship:GuidedSHIP",
     "spt_lora": f"{_HERE}.vit.spt:SPTLoRA",
     "spt_adapter": f"{_HERE}.vit.spt:SPTAdapter",
+    "ssf": f"{_HERE}.vit.ssf:SSF",
+    "snf": f"{_HERE}.vit.snf:SNF",
+    "adaptformer": f"{_HERE}.vit.adaptformer:AdaptFormer",
 })
 
 # %% ../../nbs/methods/10_names.ipynb #7270a2c5
