@@ -625,11 +625,11 @@ def test_invariant_24_save_and_load(changes, floats, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["restore", "load_state_dict", "assign"])
-@pytest.mark.parametrize("shape", [(6, 64), (7, 32), (7,), (1, 7, 64)])
+@pytest.mark.parametrize("shape", [(6, 96), (7, 64), (7,), (1, 7, 96)])
 def test_prototypes_of_another_shape(way, shape, vit6, floats):
     "However they come: by name, with both shapes."
     model, other = tune(vit6, "ship", 3, **SMALL), torch.randn(shape)
-    with pytest.raises(ValueError, match=rf"prototypes has shape {re.escape(str(shape))}, has to be \(7, 64\): make the model with"):
+    with pytest.raises(ValueError, match=rf"prototypes has shape {re.escape(str(shape))}, has to be \(7, 96\): make the model with"):
         if way == "restore": model.tuner.restore({"prototypes": other})
         elif way == "load_state_dict": model.tuner.load_state_dict({"prototypes": other}, strict=False)
         else:
@@ -643,7 +643,8 @@ def test_prototypes_alone_prepare_a_model(vit6, floats):
     given, model = ship(vit6, floats), tune(vit6, "ship", 3, **SMALL)
     model.tuner.load_state_dict({"prototypes": given.tuner.prototypes}, strict=False)
     assert model.tuner.prepared and torch.equal(model.tuner.prototypes, given.tuner.prototypes)
-    with pytest.raises(ValueError, match=r"ssp_prompts has shape \(9, 64\), has to be"): model.tuner.restore({"ssp_prompts": torch.zeros(9, 64)})
+    with pytest.raises(ValueError, match=r"ssp_prompts has shape \(9, 96\), has to be"):
+        model.tuner.restore({"ssp_prompts": torch.zeros(9, 96)})
 
 
 # Cost, state and settings beyond the invariants

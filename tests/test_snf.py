@@ -68,7 +68,7 @@ def test_one_step_is_invertible_while_small():
     jacobian = torch.autograd.functional.jacobian(lambda x: x + flow(x), x)
     step = flow.planar[0]
     slope = 1 - torch.tanh(step.w @ x + step.b) ** 2
-    torch.testing.assert_close(torch.linalg.det(jacobian), 1 + (slope * (step.w @ step.u.T)).squeeze())
+    torch.testing.assert_close(torch.linalg.det(jacobian).squeeze(), (1 + slope * (step.w @ step.u.T)).squeeze())
 
 
 def test_drop_path_spares_the_flow(images):

@@ -62,11 +62,21 @@ def test_all_published_names_exist():
     tables = {
         "SHIP Table I": load_published("ship_table1"),
         "DA-VPT Table 1": load_published("davpt_table1"),
+        "DA-VPT Table 3": load_published("davpt_table3_fgvc"),
         "DA-VPT Tables 3 and 9": load_published("davpt_appendix_vtab_per_task"),
         "SHIP, released runs": pd.DataFrame({"method": ["SHIP"]}),
     }
     for row in [*BASELINES, *OTHERS]:
         for source, name in row.published.items(): assert name in set(tables[source].method), (row.label, source)
+
+
+def test_every_row_of_da_vpts_table_3_is_one_of_ours():
+    shown, third = published_means([*BASELINES, *OTHERS]), load_published("davpt_table3_fgvc").set_index("method")
+    own = shown[shown.source == "DA-VPT Table 3"].set_index("method")
+    assert own.fine_grained.to_dict() == {
+        row.label: third["mean"][row.published["DA-VPT Table 3"]] for row in OTHERS if "DA-VPT Table 3" in row.published}
+    assert own.drop(columns="fine_grained")[["natural", "mean_of_groups"]].isna().all().all()
+    assert set(third.index) <= {name for row in [*BASELINES, *OTHERS] for source, name in row.published.items() if "DA-VPT" in source}
 
 
 def test_the_two_adapters_are_two_rows():

@@ -151,7 +151,8 @@ class Trainable(nn.Module):
         spec 3.2)."""
         groups = {}
         for name, p in self.trainable().items():
-            part, decays = name.split(".")[0], p.ndim > 1 or vectors and not (part == "head" and name.endswith("bias"))
+            part = name.split(".")[0]
+            decays = p.ndim > 1 or vectors and not (part == "head" and name.endswith("bias"))
             rate = head_lr if part == "head" and head_lr is not None else lr
             decay = head_weight_decay if part == "head" and head_weight_decay is not None else weight_decay
             group = dict(name=f"{part}{'' if decays else ', no decay'}", params=[], lr=rate, weight_decay=decay if decays else 0.0)

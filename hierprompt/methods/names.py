@@ -27,6 +27,11 @@ register_methods("vit", {
     "ssf": f"{_HERE}.vit.ssf:SSF",
     "snf": f"{_HERE}.vit.snf:SNF",
     "adaptformer": f"{_HERE}.vit.adaptformer:AdaptFormer",
+    "sct": f"{_HERE}.vit.sct:SCT",
+    "gate_vpt": f"{_HERE}.vit.gate_vpt:GateVPT",
+    "e2vpt": f"{_HERE}.vit.e2vpt:E2VPT",
+    "mosa": f"{_HERE}.vit.mosa:MoSA",
+    "mp": f"{_HERE}.vit.mp:MP",
 })
 
 # %% ../../nbs/methods/10_names.ipynb #7270a2c5

@@ -19,7 +19,7 @@ from ..results.ablations import Ablation, Step, Study, ablation_numbers, ablatio
 from ..results.metrics import finished_runs
 from ..results.pages import Page, conflict_remarks
 from ..results.published import load_published
-from ..results.published_rows import DAVPT_1, DAVPT_3_9, FROZEN_VIT_B, SUPERVISED, Row, published_groups, rows_of
+from ..results.published_rows import DAVPT_1, DAVPT_3_9, FROZEN_VIT_B, OTHERS, SUPERVISED, Row, published_groups, rows_of
 from hierprompt.results.tables import (
     HEADINGS,
     NOT_RUN,
@@ -101,7 +101,7 @@ def _prompt_remarks() -> list[str]:
 
 # %% ../../nbs/papers/30_davpt.ipynb #d4e866ac
 PRETRAININGS = {SUPERVISED: "supervised, ImageNet-21k", "mae_in1k": "MAE, ImageNet-1k", "mocov3_in1k": "MoCo v3, ImageNet-1k"}
-TRAINER = Row("VPT-Deep, DA-VPT's trainer", "dvpt", {DAVPT_3_9: "VPT-baseline-own"})
+TRAINER = next(row for row in OTHERS if row.variant == "dvpt")
 RELEASED = (Row("DA-VPT+, released settings of each task", "da_vpt_released"),  # shown where they are run
             Row("the same, with the keys that the released parser ignores", "da_vpt_legacy"))
 

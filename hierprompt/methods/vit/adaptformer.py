@@ -47,15 +47,15 @@ class SideBottleneck(nn.Module):
 
 # %% ../../../nbs/methods/vit/64_adaptformer.ipynb #d2e19a2d
 class AdaptFormer(Tuner):
-    """A bottleneck beside the MLP (baselines spec 1.7). `ValueError` for a batch norm where nothing is pooled, and in training for a batch of
-    one image."""
+    """A bottleneck beside the MLP (baselines spec 1.7). `ValueError` for a batch norm where nothing is pooled, and in training for a batch
+    of one image."""
     Config, presets = AdaptFormerConfig, PRESETS
 
     def __init__(self, host, config: AdaptFormerConfig, rng: torch.Generator | None = None, num_classes: int | None = None):
         super().__init__(host, config)
         if config.batch_norm and host.taps:
-            raise ValueError(f"batch_norm = True normalises pooled features, and a {type(host).__name__} gives the tokens of several blocks: "
-                             "give batch_norm=False")
+            raise ValueError(f"batch_norm = True normalises pooled features, and a {type(host).__name__} gives the tokens of several "
+                             "blocks: give batch_norm=False")
         self.side = nn.ModuleList(SideBottleneck(host.dim, config, rng) for _ in range(host.depth))
         self.batch_norm = nn.BatchNorm1d(host.dim, eps=1e-6, affine=False) if config.batch_norm else nn.Identity()
 
@@ -69,4 +69,6 @@ class AdaptFormer(Tuner):
         if self.config.batch_norm and self.training and len(features) == 1:
             raise ValueError("a batch of one image has no variance: train with batches of two and more (drop_last=True leaves out a last "
                              "one that is too small), or give batch_norm=False")
-        return self.batch_norm(features)
+        if self.training or not self.config.batch_norm: return self.batch_norm(features)
+        seen = self.batch_norm   # written out: of a norm without weights ONNX wants to know the width
+        return (features - seen.running_mean) * (seen.running_var + seen.eps).rsqrt()

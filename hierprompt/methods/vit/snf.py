@@ -53,7 +53,7 @@ class Flow(nn.Module):
         self.planar = nn.ModuleList(Planar(dim, config.bound, rng) for _ in range(config.num_steps))
 
     def forward(self, x: Tensor) -> Tensor:
-        change = self.mu + self.log_sigma.expm1() * x
+        change = self.mu + (self.log_sigma.exp() - 1) * x
         for step in self.planar: change = change + step(x + change)
         return change
 
