@@ -32,6 +32,7 @@ register_methods("vit", {
     "e2vpt": f"{_HERE}.vit.e2vpt:E2VPT",
     "mosa": f"{_HERE}.vit.mosa:MoSA",
     "mp": f"{_HERE}.vit.mp:MP",
+    "noah": f"{_HERE}.vit.noah:NOAH",
 })
 
 # %% ../../nbs/methods/10_names.ipynb #7270a2c5
