@@ -309,7 +309,7 @@ def test_paper_profile_holds_the_winners_and_the_run_matrix_of_ship():
     assert {(c.recipe.lr, c.recipe.weight_decay) for c in candidates} == {(1e-3, 1e-4)}
     assert cell_settings(params, "vpt_deep", "svhn")["seeds"] == params["seeds"]
     sizes = {name: (len(b["variants"]), len(b["tasks"])) for name, b in params["tables"]["ship"]["blocks"].items()}
-    assert sizes == {"table_1": (7, 19), "table_2": (6, 2), "table_2_more": (1, 1), "table_3": (9, 7), "table_4": (13, 1), "p2ip": (3, 2)}
+    assert sizes == {"table_1": (10, 19), "table_2": (6, 2), "table_2_more": (1, 1), "table_3": (9, 7), "table_4": (13, 1), "p2ip": (3, 2)}
     assert cell_settings(params, "sip_more", "cifar100")["config"]["num_tokens"] == 70
     # D8: nothing but the preprocessing differs
     released, literal = (resolve(load_profile(name, ROOT/"profiles")) for name in ("paper_ship", "paper"))
