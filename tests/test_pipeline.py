@@ -407,7 +407,9 @@ def blocks_of(name, table="davpt"): return resolved(name)["tables"][table]["bloc
 def test_rows_of_da_vpts_tables(name):
     blocks, published = blocks_of(name), load_published("davpt_table4")
     ours = {"da_pnca_rel"} if name == "laptop" else set()      # a row that the paper lacks, left out where time is short
-    assert {key: blocks[key]["variants"] for key in WHICH} == {key: [v for v in rows if v not in ours] for key, rows in WHICH.items()}
+    wanted = {key: [v for v in rows if v not in ours] for key, rows in WHICH.items()}
+    if name == "paper_davpt": wanted["table_3"] = ["ssf", "snf", "mp", *wanted["table_3"]]   # baselines on the weights they are printed for
+    assert {key: blocks[key]["variants"] for key in WHICH} == wanted
     variants = load_profile(name, ROOT/"profiles").variants
     for variant, row in zip(WHICH["table_4"], published.itertuples()):   # the ticks of the printed rows, in their order
         config = variants[variant].config
