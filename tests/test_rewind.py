@@ -89,6 +89,9 @@ def test_an_interrupted_search_goes_on(vit, runs, tmp_path, monkeypatch):
     assert [m.config.masks for m in runs] == ["trained", "none", "none"]                # the first stage is not made again
     search(maker(vit, "pruning_paper"), cache=tmp_path)                                 # other scores: another first stage
     assert runs[3].config.importance == "absolute"
+    monkeypatch.setattr(module, "sha256_file", lambda path: "other code")
+    search(maker(vit), cache=tmp_path)                                                  # what scores the masks has changed
+    assert runs[-1].config.masks == "trained"                                           # the second stage is remembered
 
 
 def test_of_equally_good_ones_the_one_that_masks_more(vit, monkeypatch):

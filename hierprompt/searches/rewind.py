@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..core import from_dict, read_facts, rng, to_dict, whole_number, write_json
+from ..core import CHECKOUT, digest, from_dict, read_facts, rng, sha256_file, to_dict, whole_number, write_json
 from ..data.tasks import Split
 from ..engine.tuned import tune
 from ..methods.vit.e2vpt import mask_settings
@@ -62,6 +62,10 @@ class _FirstStage(Trials):
         result = {"tokens": tokens.tolist(), "segments": segments.tolist(), "history": to_dict(history)}
         if path: write_json(path, result)
         return result
+
+    def _key(self, model, recipe: Recipe, seed: int) -> str:
+        "Scores depend on this module too."
+        return digest([super()._key(model, recipe, seed), sha256_file(CHECKOUT/"hierprompt/searches/rewind.py")])
 
 @dataclass
 class Pruned:
