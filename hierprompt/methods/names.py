@@ -30,6 +30,9 @@ register_methods("vit", {
     "sct": f"{_HERE}.vit.sct:SCT",
     "gate_vpt": f"{_HERE}.vit.gate_vpt:GateVPT",
     "e2vpt": f"{_HERE}.vit.e2vpt:E2VPT",
+    "mosa": f"{_HERE}.vit.mosa:MoSA",
+    "mp": f"{_HERE}.vit.mp:MP",
+    "noah": f"{_HERE}.vit.noah:NOAH",
 })
 
 # %% ../../nbs/methods/10_names.ipynb #7270a2c5
