@@ -32,8 +32,8 @@ def shaken(vit, **settings):
 def masked(prompts, tokens, segments):
     "Prompts (p, D) times both masks, number by number: channel j belongs to part j modulo the number of parts."
     parts = segments.shape[1]
-    masked = lambda k, row: torch.stack([row[j] * tokens[k] * segments[k, j % parts] for j in range(len(row))])
-    return torch.stack([masked(k, row) for k, row in enumerate(prompts)])
+    number = lambda k, j: prompts[k, j] * tokens[k] * segments[k, j % parts]
+    return torch.stack([torch.stack([number(k, j) for j in range(prompts.shape[1])]) for k in range(len(prompts))])
 
 
 def by_hand(vit, tuner, images, tokens, segments):

@@ -59,7 +59,7 @@ def test_scores_are_mean_gradients_over_batches(vit, preset):
     found = mask_scores(model.train(), TRAIN, 16, seed=1)
     for a, b in zip(found, wanted): torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
-    assert (found[0] >= 0).all() == (preset == "pruning_paper")
+    assert (found[1] >= 0).all() == (preset == "pruning_paper")
 
 
 def test_both_stages(vit, runs, tmp_path):
@@ -89,6 +89,9 @@ def test_an_interrupted_search_goes_on(vit, runs, tmp_path, monkeypatch):
     assert [m.config.masks for m in runs] == ["trained", "none", "none"]                # the first stage is not made again
     search(maker(vit, "pruning_paper"), cache=tmp_path)                                 # other scores: another first stage
     assert runs[3].config.importance == "absolute"
+    monkeypatch.setattr(module, "sha256_file", lambda path: "other code")
+    search(maker(vit), cache=tmp_path)                                                  # what scores the masks has changed
+    assert runs[-1].config.masks == "trained"                                           # the second stage is remembered
 
 
 def test_of_equally_good_ones_the_one_that_masks_more(vit, monkeypatch):
@@ -124,8 +127,8 @@ def test_the_steps_of_a_cell(vit, tmp_path):
     chosen, tried = select(make_model, TRAIN, VALID, candidates, cache=tmp_path/"trials", progress=False, device="cpu")
     found = rewind(make_model, TRAIN, VALID, chosen, cache=tmp_path/"trials", progress=False, device="cpu")
     trainval = Split(torch.cat([TRAIN.images, VALID.images]), torch.cat([TRAIN.labels, VALID.labels]))
-    pruned = partial(make_model, **found.settings)
-    histories = run_seeds(pruned, trainval, TEST, chosen.recipe, settings["seeds"], progress=False, device="cpu")
+    final = partial(make_model, **found.settings)
+    histories = run_seeds(final, trainval, TEST, chosen.recipe, settings["seeds"], progress=False, device="cpu")
     kept = keep_model(latest[0], tmp_path/"results/tiny/runs/e2vpt_pruned-tints", settings)
     assert set(kept) == {"tuned.safetensors", "config.json"} and len(histories) == len(tried) == 2
     again = load_tuned(tmp_path/"results/tiny/models/e2vpt_pruned-tints", vit)

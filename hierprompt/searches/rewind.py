@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..core import from_dict, read_facts, rng, to_dict, whole_number, write_json
+from ..core import CHECKOUT, digest, from_dict, read_facts, rng, sha256_file, to_dict, whole_number, write_json
 from ..data.tasks import Split
 from ..engine.tuned import tune
 from ..methods.vit.e2vpt import mask_settings
@@ -28,8 +28,8 @@ def _check_masks(model) -> None:
     "`ValueError` for a model whose masks do not train."
     if model.method == "e2vpt" and model.config.masks == "trained": return
     found = f"with masks={model.config.masks!r}" if model.method == "e2vpt" else f"tuned with {model.method!r}"
-    raise ValueError(f"pruning wants a model tuned with 'e2vpt' and masks='trained', preset 'pruning' or 'pruning_paper'; "
-                         f"this one is {found}")
+    raise ValueError("pruning wants a model tuned with 'e2vpt' and masks='trained', preset 'pruning' or 'pruning_paper'; this one is "
+                     f"{found}")
 
 def mask_scores(model,                 # tuned with "e2vpt", masks "trained"
                 train: Split,
@@ -62,6 +62,10 @@ class _FirstStage(Trials):
         result = {"tokens": tokens.tolist(), "segments": segments.tolist(), "history": to_dict(history)}
         if path: write_json(path, result)
         return result
+
+    def _key(self, model, recipe: Recipe, seed: int) -> str:
+        "Scores depend on this module too."
+        return digest([super()._key(model, recipe, seed), sha256_file(CHECKOUT/"hierprompt/searches/rewind.py")])
 
 @dataclass
 class Pruned:
