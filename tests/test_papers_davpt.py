@@ -83,7 +83,7 @@ def resolved(profile): return resolve(load_profile(profile, ROOT / "profiles"))
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_row_that_a_profile_asks_for_has_its_place(profile):
-    blocks = resolved(profile)["tables"].get(f"{profile}-davpt", {"blocks": {}})["blocks"]
+    blocks = resolved(profile)["tables"].get("davpt", {"blocks": {}})["blocks"]
     places = {name: {s.variant for s in study().steps} for name, study in STUDIES.items()}
     places["table_1"] = {row.variant for p in PRETRAININGS for row in (*rows_1(p), *RELEASED)}
     for name, block in blocks.items(): assert set(block["variants"]) <= places[name], name
@@ -98,7 +98,7 @@ def test_the_reference_profile_has_every_row_of_ours():
 @pytest.mark.parametrize("profile", ["smoke", "laptop", "paper_davpt_mae"])   # few blocks, most blocks, another pretraining
 def test_nothing_was_run(tmp_path, profile):
     params = resolved(profile)
-    blocks, backbone = params["tables"].get(f"{profile}-davpt", {"blocks": {}})["blocks"], params["backbone"]["name"]
+    blocks, backbone = params["tables"].get("davpt", {"blocks": {}})["blocks"], params["backbone"]["name"]
     first = blocks.get("table_1", {"variants": ["dvpt", "da_vpt"], "tasks": ["cards"]})
     pages = [table_1(profile, backbone, first["variants"], first["tasks"], tmp_path), table_9(profile, backbone, tmp_path)]
     pages += [page(profile, blocks.get(name), tmp_path) for name, page in PAGES.items()]

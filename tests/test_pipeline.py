@@ -309,7 +309,7 @@ def test_paper_profile_holds_the_winners_and_the_run_matrix_of_ship():
     assert {(c.recipe.lr, c.recipe.weight_decay) for c in candidates} == {(1e-3, 1e-4)}
     assert cell_settings(params, "vpt_deep", "svhn")["seeds"] == params["seeds"]
     sizes = {name: (len(b["variants"]), len(b["tasks"])) for name, b in params["tables"]["ship"]["blocks"].items()}
-    assert sizes == {"table_1": (7, 19), "table_2": (6, 2), "table_2_more": (1, 1), "table_3": (9, 7), "table_4": (13, 1)}
+    assert sizes == {"table_1": (7, 19), "table_2": (6, 2), "table_2_more": (1, 1), "table_3": (9, 7), "table_4": (13, 1), "p2ip": (3, 2)}
     assert cell_settings(params, "sip_more", "cifar100")["config"]["num_tokens"] == 70
     # D8: nothing but the preprocessing differs
     released, literal = (resolve(load_profile(name, ROOT/"profiles")) for name in ("paper_ship", "paper"))
@@ -435,7 +435,7 @@ def test_tasks_of_da_vpts_tables_in_the_papers_profile():
     for name in ("paper_davpt_mae", "paper_davpt_moco"):
         assert {key: block["tasks"] for key, block in blocks_of(name).items()} == {k: tasks[k] for k in ("table_1", "fig_4a")}
     assert {key: block["variants"] for key, block in blocks_of("paper_davpt_released").items()} == {
-        "table_1": ["da_vpt_released", "da_vpt_legacy"]
+        "table_1": ["dvpt", "da_vpt_released", "da_vpt_legacy"]
     }
 
 
@@ -734,7 +734,7 @@ def test_paper_profiles_on_fixture_trees(tmp_path):
         "tables": {
             "baselines": {"variants": ["vpt_deep"], "tasks": ["cifar100", "kitti", "cub200"], "blocks": None},
             "ship": {"blocks": {"table_1": {"variants": ["vpt_deep"], "tasks": ["kitti"]},
-                                **dict.fromkeys(["table_2", "table_2_more", "table_3", "table_4"])}},
+                                **dict.fromkeys(["table_2", "table_2_more", "table_3", "table_4", "p2ip"])}},
             "adapt": {"blocks": {"table_1": {"variants": ["kgcoop", "adapt_t16"], "tasks": ["coop_eurosat"]},
                                  **dict.fromkeys(["table_2", "table_3", "table_4", "fig_3", "ablations"])}},
             "segmentation": {"blocks": {"table_2": {"variants": ["seg_linear", "seg_vpt"], "tasks": ["mmseg"]}}},
