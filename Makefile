@@ -77,4 +77,4 @@ smoke: setup
 
 pytest: setup
 	@echo "== pytest"
-	$(TEST_ENV) python -m pytest tests --durations 10 --numprocesses 2 --dist loadfile
+	$(TEST_ENV) python -m pytest tests --durations 10 --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -38,7 +38,9 @@ def cases(args):
     images, labels = torch.randn(args.batch, 3, 224, 224, device=args.device), torch.arange(args.batch, device=args.device) % 100
     trained, fixed = models(vit, args.tokens), models(vit, args.tokens)      # `fixed` never trains
     # any map costs the same: the first one, class i to prompt i mod M
-    for name in list(trained)[1:]: trained[name].tuner.guidance.prepared = True
+    for name in list(trained)[1:]:
+        guided = trained[name].tuner.guidance.map
+        guided.assign(guided.prompt_of.clone())
 
     steps = {
         f"{name} training step": step(model, images, labels, torch.optim.AdamW(model.param_groups(1e-4, 0.01)))

@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = face(__name__, {
     "backbones.pretrained": ("load_backbone",),
     "clip.model": ("load_clip",),
     "clip.prompted": ("PromptedCLIP", "tune_clip"),
+    "methods.official": ("load_official",),
     "data.benchmarks": ("list_tasks", "load_task"),
     "data.tasks": ("Split", "Task"),
     "training.loop": ("evaluate", "fit"),

@@ -31,6 +31,11 @@ def image_features(visual, images, own=()):
 
 def text_features(model, ids, own=()):
     "Class vectors of full-length ids; `own[i]` (n, d) takes the places 1..n before block i."
+    return F.normalize(encoded(model, ids, own), dim=-1)
+
+
+def encoded(model, ids, own=()):
+    "The same as they leave the encoder, not of length 1."
     tower = tower_of(model)
     def put(x, words): return torch.cat([x[:, :1], words.expand(len(x), -1, -1), x[:, 1 + len(words):]], 1)
     x = tower.token_embedding(ids)
@@ -39,4 +44,4 @@ def text_features(model, ids, own=()):
     for i, block in enumerate(tower.transformer.resblocks):
         if 0 < i < len(own): x = put(x, own[i])
         x = block(x, attn_mask=tower.attn_mask)
-    return F.normalize(tower.ln_final(x)[torch.arange(len(ids)), ids.argmax(1)] @ tower.text_projection, dim=-1)
+    return tower.ln_final(x)[torch.arange(len(ids)), ids.argmax(1)] @ tower.text_projection

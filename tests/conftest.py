@@ -10,8 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-# the longest files: a process that begins one of them last would be waited for
-FIRST = ("test_pipeline_kills.py", "test_pipeline.py", "test_kernels.py")
+# the longest files: a process that begins one of them last would be waited for (Makefile: --no-loadscope-reorder keeps the order). While
+# one process makes the project that both files of pipelines work on, the other one has something else to do.
+FIRST = ("test_pipeline_kills.py", "test_torch_ways.py", "test_pipeline.py", "test_kernels.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,6 @@
 "A copy of the project in which a tiny profile has run, and what the tests of whole runs ask of it."
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from clone import dvc, make_clone, pipeline
+from filelock import FileLock
 
 from hierprompt.core import read_json
 
@@ -54,14 +56,25 @@ def running(pid):
     except OSError: return False
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    "A copy in which the tiny profile has run without interruption."
-    folder = with_profile(make_clone(tmp_path_factory.mktemp("whole")/"hierprompt"), "tiny", TINY)
-    done = pipeline(folder, "repro", capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (folder/"said.txt").write_text(done.stdout)
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    "A copy in which the tiny profile has run without interruption; made by the process of pytest that comes first, and read by all."
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ: base = base.parent
+    folder = base/"whole"/"hierprompt"
+    with FileLock(base/"whole.lock"):
+        if not (folder/"said.txt").exists():
+            with_profile(make_clone(folder), "tiny", TINY)
+            done = pipeline(folder, "repro", capture_output=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            (folder/"said.txt").write_text(done.stdout)
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(whole, tmp_path_factory):
+    "A copy for the tests of one file."
+    return copy_of(whole, tmp_path_factory.mktemp("tiny")/"hierprompt")
 
 
 def copy_of(tiny, place):

@@ -90,17 +90,18 @@ def test_a_label_outside_the_classes(label):
 
 def loop_kmeans(points, centroids, max_iter, tolerance=1e-4, balance=0.0, empty="keep"):
     "As the rules read, point by point."
-    centroids, share = [c for c in centroids], [0.0] * len(centroids)
+    centroids = [c for c in centroids]
     for _ in range(max_iter):
         used = list(centroids)
         cosine = [[F.cosine_similarity(x, c, dim=0).item() for c in centroids] for x in points]
+        plain = [max(range(len(centroids)), key=row.__getitem__) for row in cosine]
+        share = [plain.count(j) / len(points) for j in range(len(centroids))]      # of this iteration's plain assignment
         labels = [max(range(len(centroids)), key=lambda j: row[j] - balance * share[j]) for row in cosine]
         fit = sum(row[j] for row, j in zip(cosine, labels)) / len(points)
         for j in range(len(centroids)):
             if empty == "keep" or j in labels: continue
             worst = min((i for i in range(len(points)) if labels.count(labels[i]) > 1), key=lambda i: cosine[i][labels[i]])
             labels[worst] = j
-        share = [labels.count(j) / len(points) for j in range(len(centroids))]
         centroids = [
             torch.stack([x for x, label in zip(points, labels) if label == j]).mean(0) if j in labels else c
             for j, c in enumerate(centroids)
@@ -135,15 +136,16 @@ def test_given_centroids_are_deterministic_and_untouched():
     assert all(torch.equal(a, b) for a, b in zip(first, second)) and torch.equal(points, copies[0]) and torch.equal(begin, copies[1])
 
 
+@pytest.mark.parametrize("balance", [0.0, 0.1])
 @pytest.mark.parametrize("max_iter", [1, 2, 20])
 @pytest.mark.parametrize("empty", ["keep", "reseed"])
 @pytest.mark.parametrize("seed", range(10))
-def test_labels_belong_to_the_returned_centroids(seed, empty, max_iter):
-    "So a restart from them gives the same map, at once."
+def test_labels_belong_to_the_returned_centroids(seed, empty, max_iter, balance):
+    "So a restart from them gives the same map, at once; with `balance` too, whose shares are those of the centroids' plain assignment."
     points = random_points(40, 5, seed)
-    run = cosine_kmeans(points, random_points(9, 5, seed + 50), empty, max_iter)
-    assert torch.equal(cosine_kmeans(points, run.centroids, empty, max_iter=1).labels, run.labels)
-    if len(run.fit) < max_iter: assert torch.equal(cosine_kmeans(points, run.centroids, empty).labels, run.labels)
+    run = cosine_kmeans(points, random_points(9, 5, seed + 50), empty, max_iter, balance=balance)
+    assert torch.equal(cosine_kmeans(points, run.centroids, empty, max_iter=1, balance=balance).labels, run.labels)
+    if len(run.fit) < max_iter: assert torch.equal(cosine_kmeans(points, run.centroids, empty, balance=balance).labels, run.labels)
 
 
 @pytest.mark.parametrize("n, k", [(8, 8), (9, 8), (40, 8), (3, 1)])
@@ -237,7 +239,7 @@ def test_index_stability(mode):
 
 @pytest.mark.parametrize("seed", [0, 35, 61, 71, 109, 132])
 def test_index_stability_of_balanced_restarts(seed):
-    "They begin with the shares of the present map; with none these six sets would change."
+    "Their shares come from the centroids they start from; with none in the first iteration these six sets would change."
     points = random_points(40, 6, seed, unit=True)
     plan = fitted(points, 7, seed, mode="kmeans_balanced", norm="l2", start="rows")
     assert plan.update(points, everything(40), seeded()) == 0
@@ -419,6 +421,7 @@ def test_updates_that_cannot_be(mode):
 
 def test_maps_that_do_not_fit():
     plan = ClassMap(4, 3, 8)
+    assert not plan.prepared
     assert plan.assign(torch.tensor([2, 1, 1, 0])) == 2 and plan(torch.tensor([3, 0])).tolist() == [0, 2]
     for bad, message in (
         (torch.tensor([0, 1, 2, 3]), "prompt 3 in a map to 3 guided prompts"),
@@ -426,5 +429,31 @@ def test_maps_that_do_not_fit():
         (torch.tensor([0, 1, 2]), "one entry for each of 4 classes"),
         (torch.tensor([0.0, 1, 2, 0]), "has to be int64"),
     ):
-        with pytest.raises(ValueError, match=message): plan.assign(bad)
-    assert plan.prompt_of.tolist() == [2, 1, 1, 0]
+        for take in (plan.assign, lambda bad: plan.restore({"prompt_of": bad})):
+            with pytest.raises(ValueError, match=message): take(bad)
+    assert plan.prompt_of.tolist() == [2, 1, 1, 0] and plan.prepared
+
+
+START, OTHER = torch.arange(7) % 3, torch.tensor([2, 1, 1, 0, 0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "state, prepared",
+    [
+        (dict(prompt_of=START, warm=torch.tensor(False)), False),    # saved before `prepare`
+        (dict(prompt_of=START, warm=torch.tensor(True)), True),
+        (dict(prompt_of=OTHER, warm=torch.tensor(False)), True),     # assigned, or its centroids were given up
+        (dict(prompt_of=OTHER), True),
+        (dict(prompt_of=START), True),                               # a map alone is one that somebody made
+        (dict(), False),
+    ],
+)
+@pytest.mark.parametrize("mode", ["kmeans", "balanced"])
+def test_whose_map_counts_as_prepared(state, prepared, mode):
+    plan = ClassMap(7, 3, 8, mode=mode)
+    plan.restore(state)
+    assert plan.prepared == (prepared or plan.fixed)
+
+
+def test_a_map_is_prepared_by_an_update():
+    assert fitted(random_points(9), 4).prepared and not fitted(random_points(9), 4, mode="balanced").prepared

@@ -238,10 +238,28 @@ def test_lamm_losses(clip, batch):   # Adapt spec 2.9, one sample after the othe
     apart = sum(float(1 - vectors[y].detach() @ teacher[y]) for y in labels) / len(labels)
     kd = 4 * -(F.softmax(zero(images) / 2, -1) * F.log_softmax(model(images) / 2, -1)).sum(-1).mean()
     assert (model.losses(*batch)[1] - (moved / 16 + apart + 0.05 * kd)).abs() < 1e-4
-    released = stirred(clip, "lamm", shots=1)
-    assert (released.losses(*batch)[1] - (moved + apart + 0.05 * kd)).abs() < 1e-4
+    single = stirred(clip, "lamm", shots=1)
+    assert (single.losses(*batch)[1] - (moved + apart + 0.05 * kd)).abs() < 1e-4
+    released, kd = stirred(clip, "lamm", preset="released"), 4 * -(F.softmax(model(images) / 2, -1) * F.log_softmax(zero(images) / 2, -1))
+    assert (released.losses(*batch)[1] - (moved + apart + 0.05 * kd.sum(-1).mean())).abs() < 1e-4
+    assert single.config.kd_target == "original" and released.config.kd_target == "learnt"
     alone = stirred(clip, "lamm", kd_weight=0.0).losses(images, torch.ones_like(labels))[1]   # no other label in the batch: no feature loss
     assert (alone - moved / 16).abs() < 1e-5
+
+
+@pytest.mark.parametrize("preset, at_rest", [("paper", True), ("released", False)])
+def test_lamm_distillation_at_the_start(clip, batch, preset, at_rest):
+    "The same value; only the release, whose target is what is learnt, has a gradient (Adapt spec 2.9)."
+    own = tune_clip(clip, "lamm", NAMES, preset=preset, feature_weight=0.0)
+    entropy, loss = own.losses(*batch)
+    logits = tune_clip(clip, "zero_shot", NAMES)(batch[0]) / 2
+    assert (loss + 0.05 * 4 * (logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()).abs() < 1e-5
+    found, beside = (torch.autograd.grad(x, own.tuner.text.ctx, retain_graph=True)[0].norm() for x in (loss, entropy))
+    assert (found < 1e-3 * beside) == at_rest
+    learnt, original = own(batch[0]) / 2, logits.detach()
+    target, scored = (original, learnt) if at_rest else (learnt, original)
+    wanted = torch.autograd.grad(0.05 * 4 * -(target.softmax(-1) * scored.log_softmax(-1)).sum(-1).mean(), own.tuner.text.ctx)[0]
+    torch.testing.assert_close(torch.autograd.grad(own.losses(*batch)[1], own.tuner.text.ctx)[0], wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_lamm_learns_as_many_tokens_as_the_shortest_name_has(clip):

@@ -253,11 +253,12 @@ def test_plot_at_full_length(clip, batch, sets, pooled):
     def expected():
         tokens = visual.ln_post(slow.image_states(visual, batch[0])) @ visual.proj
         patches, ids = F.normalize(tokens[:, 1:], dim=-1), ids_of(clip, "X X X X {}.")
-        text = [slow.text_features(clip.model, ids, [words]) for words in prompts]
+        raw = [slow.encoded(clip.model, ids, [words]) for words in prompts]
+        text = [F.normalize(t, dim=-1) for t in raw]
         similar = torch.stack([patches @ t.T for t in text], -1).transpose(1, 2)   # (B, K, M, N)
         plan = plan_by_hand(1 - similar.detach(), 0.1, 100, 0.01)[0]
         logits = clip.logit_scale * (plan * similar).sum((-2, -1))
-        return logits + logits_of(clip, F.normalize(tokens[:, 0], dim=-1), F.normalize(sum(text), dim=-1)) if pooled else logits
+        return logits + logits_of(clip, F.normalize(tokens[:, 0], dim=-1), F.normalize(sum(raw) / sets, dim=-1)) if pooled else logits
     same_gradients(model, batch, expected)
 
 
@@ -273,7 +274,7 @@ def test_plot_trains_on_features(clip, batch):
     "The image side is frozen: features once, the rest from them."
     images, labels = batch
     model = tune_clip(clip, "plot", NAMES, num_tokens=4, pooled=True).train()
-    assert model.features_are_constant and model.class_vectors().shape == (4, 4, 32)
+    assert model.features_are_constant and model.class_vectors().shape == (5, 4, 32)   # the contexts' mean before them
     with torch.no_grad(): features = model.features(images)
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(5, 17))
     torch.testing.assert_close(features[:, 0], clip.encode_image(images))

@@ -5,6 +5,7 @@ Tested elsewhere: 1, 2, 14 and the loss alone of 20 in test_metric_losses.py; th
 test_class_map.py; 15 and 17 in test_recipes.py and test_training.py; 18 and the segmentation counts of 8 in test_published_davpt.py. 19
 belongs to segmentation."""
 import random
+import re
 from functools import cache, wraps
 
 import pytest
@@ -957,6 +958,44 @@ def test_training_before_prepare(vit6, floats):
     with pytest.raises(RuntimeError, match=r"model.prepare\(images, labels\)"): model.train().loss(floats, LABELS)
 
 
+OWN_MAP = torch.tensor([2, 0, 1, 0, 2])
+
+
+@pytest.mark.parametrize("method", ["da_vpt", "da_vpt_ship"])
+@pytest.mark.parametrize("way", ["assign", "restore", "load_state_dict"])
+def test_a_map_that_is_given_prepares(vit6, floats, way, method):
+    "Training asks for no `prepare`, which leaves the map as it is; a saved model keeps it."
+    settings = SMALL if method == "da_vpt" else dict(starts=[0, 2], num_tokens=4, num_guided=3, num_ap_hierarchies=0, num_matching=3)
+    model = tune(vit6, method, 5, **settings).double()
+    plan, state = plan_of(model), {"guidance.map.prompt_of": OWN_MAP}
+    if way == "load_state_dict": model.tuner.load_state_dict(state, strict=False)
+    else:
+        if way == "restore": model.tuner.restore(state)
+        plan.assign(OWN_MAP)
+    assert model.train().loss(floats, LABELS).isfinite()
+    model.prepare(floats, LABELS)
+    assert torch.equal(plan.prompt_of, OWN_MAP)
+    again = tune(vit6, method, 5, **settings).double()
+    again.tuner.load_state_dict(model.tuner.state_dict())
+    assert torch.equal(again.train().loss(floats, LABELS), model.loss(floats, LABELS))
+
+
+@pytest.mark.parametrize("method", ["da_vpt", "da_vpt_ship"])
+@pytest.mark.parametrize("name, shape", [("guidance.map.prompt_of", (6,)), ("guidance.map.centroids", (4, 64)), ("prompts", (3, 32))])
+@pytest.mark.parametrize("load", ["restore", "load_state_dict"])
+def test_restore_refuses_other_shapes(vit6, name, shape, method, load):
+    "Our own error, with the name and both shapes, before anything is copied."
+    settings = SMALL if method == "da_vpt" else dict(starts=[0, 2], num_tokens=4, num_guided=3, num_ap_hierarchies=0, num_matching=3)
+    model = tune(vit6, method, 5, **settings).double()
+    own = {n: tuple(t.shape) for n, t in model.tuner.state_dict().items()}
+    name = {"da_vpt": "prompts.5", "da_vpt_ship": "sip_prompts"}[method] if name == "prompts" else name
+    state = {n: t.clone() for n, t in model.tuner.state_dict().items()}
+    message = f"{name} has shape {shape}, has to be {own[name]}: make the model with"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(model.tuner, load)(state | {name: torch.zeros(shape, dtype=state[name].dtype)})
+    assert not plan_of(model).prepared and all(torch.equal(t, state[n]) for n, t in model.tuner.state_dict().items())
+
+
 def test_a_backbone_without_class_token(floats):
     "The class token's loss is refused; the patch loss works."
     vit = sharp_vit(depth=4, class_token=False, global_pool="avg").double()
@@ -1007,7 +1046,7 @@ def test_a_present_class_is_drawn_uniformly_and_by_the_global_seed():
 def test_ties_of_the_released_choice_are_broken_at_random_among_the_winners():
     model = tune(load_backbone("tiny_random"), "da_vpt", 6, num_guided=3, num_tokens=2, fill_to=0, seg_label="mode")
     guidance = model.tuner.guidance
-    guidance.prepared = True
+    guidance.map.prepared = True
     guidance.map.assign(torch.tensor([0, 0, 1, 1, 2, 2]))
     present = torch.tensor([[True, True, True, True, True, False]]).expand(500, 6)      # prompts 0 and 1 twice, 2 once
     counts = guidance.most_frequent(present).bincount(minlength=3)

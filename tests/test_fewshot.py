@@ -1,6 +1,7 @@
 "Few-shot draws against a slow loop on Python's global generator, the container of several seeds, and the sentences of Adapt spec 4.3."
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,14 +109,24 @@ def test_unknown_seed_and_plain_task():
         few_shot(Task("plain", "demo", [str(i) for i in range(8)], split, split, split), 1)
 
 
-@pytest.mark.parametrize("shots", [0, -1, 2.0, True, None])
-def test_bad_shots(shots):
-    with pytest.raises(ValueError, match=f"shots={shots}: give a number"): make(shots)
+@pytest.mark.parametrize("shots, error", [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError), (None, TypeError)])
+def test_bad_shots(shots, error):
+    with pytest.raises(error, match=f"shots = {shots} is"): make(shots)
 
 
-@pytest.mark.parametrize("seeds", [(), (1, 1), ("1",)])
+@pytest.mark.parametrize("seeds", [(), (1, 1), [1, np.int64(1)]])
 def test_bad_seeds(seeds):
     with pytest.raises(ValueError, match="seeds=.*give at least one whole number, and none twice"): make(2, seeds)
+
+
+@pytest.mark.parametrize("seed", ["1", 1.0, True, None])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(TypeError, match=f"a seed of the draws = {seed!r} is not a whole number"): make(2, (2, seed))
+
+
+def test_numbers_of_numpy_draw_as_python_s():
+    one, other = make(2, (1, 2)), make(np.int64(2), np.array([1, 2]))
+    assert one.source == other.source and torch.equal(one.train.images, other.train.images)
 
 
 def test_manifest_lists_and_hashes():

@@ -282,3 +282,14 @@ def test_the_split_is_what_it_was(tmp_path):
     drawn = random.Random("0/amber").sample([tmp_path / "mine/amber" / name for name in names], 20)
     first = Image.open(sorted(drawn[2:4])[0]).convert("RGB").resize((16, 16), Image.Resampling.BICUBIC)
     assert np.array_equal(task.test.images[0].permute(1, 2, 0), first)
+
+
+@pytest.mark.parametrize("seed", [True, 1.0, "1", None])
+def test_a_seed_is_a_whole_number(tmp_path, seed):
+    with pytest.raises(TypeError, match=f"seed = {seed!r} is not a whole number"): load(make_folder_tree(tmp_path / "mine"), seed=seed)
+
+
+def test_a_seed_of_numpy_splits_as_python_s(tmp_path):
+    tree = make_folder_tree(tmp_path / "mine", n=20)
+    one, other = load(tree, seed=3), load(tree, seed=np.int64(3))
+    assert one.source == other.source and torch.equal(one.train.images, other.train.images)

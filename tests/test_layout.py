@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PACKAGE, NOTEBOOKS = ROOT/"hierprompt", ROOT/"nbs"
 # from the ground up
-ROOMS = ("core", "engine", "backbones", "clip", "data", "methods", "training", "seg", "results", "papers", "pipeline")
+ROOMS = ("core", "engine", "backbones", "clip", "data", "methods", "training", "searches", "seg", "results", "papers", "pipeline")
 WIDTH = 140   # columns
 FACES = ("__init__.py", "__main__.py", "_modidx.py")   # they only hand names on
 
@@ -208,7 +208,8 @@ for name in ("open_clip", "papermill", "dvc", "mmseg", "onnx", "nbdev", "jupyter
 vit = hp.load_backbone("tiny_random")
 split = hp.Split(torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8), torch.arange(16) % 3)
 for method in hp.list_methods("vit"):
-    small = dict(num_prototypes=4) if "ship" in method else dict(budget=4000) if "spt" in method else {}
+    sizes = dict(ship=dict(num_prototypes=4), da_vpt_ship=dict(num_prototypes=4), sct=dict(num_channels=8))
+    small = dict(budget=4000) if "spt" in method else sizes.get(method, {})
     model = hp.tune(vit, method, num_classes=3, **small)
     history = hp.fit(model, split, split, hp.recipe("noah", epochs=1, warmup_epochs=0, batch_size=8), progress=False)
     model.save_pretrained(f"kept/{method}")

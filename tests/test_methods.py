@@ -15,11 +15,17 @@ from hierprompt.engine.tuned import TunedModel, tune
 METHODS = list_methods("vit")
 CASES = [(m, p) for m in METHODS for p in tuner_class(m).presets]
 LABELS = torch.arange(6) % 3
-AT_IDENTITY = {"linear", "full", "bias", "lora", "spt_lora", "spt_adapter"}
-WITH_BUFFERS = {"ship", "da_vpt", "da_vpt_ship", "spt_lora", "spt_adapter"}
+AT_IDENTITY = {"linear", "full", "bias", "spt_lora", "spt_adapter", "mosa"}   # by default; see test_loras_start too
+WITH_BUFFERS = {"ship", "da_vpt", "da_vpt_ship", "spt_lora", "spt_adapter", "adaptformer", "sct", "mosa"}
+HEAD_ALONE = {"linear", "mp"}   # train nothing but the classifier
+NO_BUFFERS = {("adaptformer", "mosa")}   # presets that have none all the same
 # settings that six images of 5 or 17 tokens allow, for methods whose defaults want more
 _SHIP = dict(num_tokens=4, num_shared=2, num_attributes=3, num_prototypes=5, num_matching=4, threshold=1.0)
-TEST_SETTINGS = {"ship": _SHIP, "da_vpt_ship": _SHIP | dict(num_guided=3)}
+TEST_SETTINGS = {
+    "ship": _SHIP,
+    "da_vpt_ship": _SHIP | dict(num_guided=3),
+    "sct": dict(num_channels=6),
+}
 
 
 def other_vit():
@@ -67,7 +73,7 @@ def test_only_declared_tensors_train(method, preset, backbone, vit, images):
     assert all(torch.equal(p, frozen[n]) for n, p in vit.state_dict().items())          # bitwise what was passed in
     assert all(p.grad is None for p in vit.parameters())
     moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
-    assert any("head" in n for n in moved) and (method == "linear" or any("head" not in n for n in moved))
+    assert any("head" in n for n in moved) and (method in HEAD_ALONE or any("head" not in n for n in moved))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -87,7 +93,7 @@ def test_save_and_load(method, preset, vit, images, tmp_path):
     trained = dict(model.tuner.named_parameters())
     learnt = sum(t.numel() for n, t in model.tuner.state_dict().items() if n not in trained)           # prototypes, maps and the like
     assert sum(t.numel() for t in tensors.values()) == count_parameters(model)["with_head"] + learnt   # nothing of a frozen backbone
-    assert (learnt > 0) == (method in WITH_BUFFERS)
+    assert (learnt > 0) == (method in WITH_BUFFERS and (method, preset) not in NO_BUFFERS)
     assert {p.name for p in tmp_path.iterdir()} == {"tuned.safetensors", "config.json"}
     assert json.loads((tmp_path / "config.json").read_text())["method"] == method
     assert torch.equal(load_tuned(tmp_path, vit)(images), logits)
@@ -132,7 +138,8 @@ def test_batch_order_and_size_do_not_matter(method, preset, vit, images):
 def test_same_seed_same_model(method, vit, images):
     a, b, c = (tuned(vit, method, images, seed=s).trainable() for s in (0, 0, 1))
     assert all(torch.equal(a[n], b[n]) for n in a)
-    assert not torch.equal(a["head.weight"], c["head.weight"])
+    heads = [n for n in a if n.startswith("head.") and a[n].ndim > 1]
+    assert heads and not any(torch.equal(a[n], c[n]) for n in heads)
 
 
 def test_tune_leaves_the_global_generator_alone(vit, images):
@@ -143,6 +150,31 @@ def test_tune_leaves_the_global_generator_alone(vit, images):
         tuned(vit, method, images)
         assert torch.equal(state, torch.random.get_rng_state()), method
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("preset", tuner_class("lora").presets)
+def test_loras_start(preset, vit, images):
+    "The frozen network, but for what NOAH's runs have: A and B from N(0, 0.02^2), std of BA 0.0011 at r = 8 (baselines spec 1.8)."
+    model = tune(vit, "lora", 3, preset=preset)
+    same = torch.equal(model.features(images), tune(vit, "linear", 3).features(images))
+    assert same == (preset != "noah") == (not model.tuner.b.any())
+    if same: return
+    for tensor in (model.tuner.a, model.tuner.b): assert abs(tensor.std() - 0.02) < 0.001 and tensor.abs().max() > 0.06   # not cut at 2 std
+    assert abs(model.tuner.weight_delta(1).std() - 0.02 ** 2 * 8 ** 0.5) < 1e-4
+
+
+def test_adapters_start(vit):
+    "NOAH's runs, NOAH's module, Houlsby, VPT: standard deviations of weights, biases (baselines spec 1.6)."
+    found = {}
+    for preset in tuner_class("adapter").presets:
+        model = tune(vit, "adapter", 3, preset=preset, bottleneck=32)
+        weights, biases = (torch.cat([p.flatten() for n, p in model.tuner.named_parameters() if n.endswith(kind)])
+                           for kind in ("weight", "bias"))
+        found[preset] = weights.std().item(), biases.abs().max().item(), weights.abs().max().item()
+    assert found["noah"][0] == pytest.approx(0.02, rel=0.03) and found["noah"][1] == 0 and found["noah"][2] > 0.06
+    bound = (6 / (64 + 32)) ** 0.5
+    assert found["module"][0] == pytest.approx(bound / 3 ** 0.5, rel=0.03) and 0 < found["module"][1] < 1e-5 and found["module"][2] <= bound
+    assert found["houlsby"][1] == 0 and 0.019 < found["houlsby"][2] <= 0.02 and found["vpt"] == (0, 0, 0)
 
 
 def test_lora_equals_loralib(vit):
@@ -179,7 +211,7 @@ def test_lora_merges(preset, vit):
 def test_adapter_equals_its_formula(vit):
     "NOAH: x + y + A(y) with y the MLP branch; Houlsby the same on both branches."
     floats = torch.randn(4, 3, 32, 32)
-    for preset in ("noah", "houlsby"):
+    for preset in ("noah", "module", "houlsby"):
         model = tune(vit, "adapter", 3, preset=preset, bottleneck=4)
         sites = model.tuner.branches
         with torch.no_grad():

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from clone import GIT, ROOT, dvc, environment, make_clone, pipeline
 from nbformat.v4 import new_code_cell, new_notebook
-from pipeline_project import TINY, copy_of, ran, results, running, stale_of, tiny, wait_for, with_profile
+from pipeline_project import TINY, copy_of, ran, results, running, stale_of, tiny, wait_for, whole, with_profile
 
 from hierprompt.backbones.pretrained import load_backbone
 from hierprompt.clip.model import load_clip

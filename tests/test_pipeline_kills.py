@@ -11,7 +11,7 @@ import psutil
 import pytest
 import yaml
 from clone import environment, pipeline
-from pipeline_project import copy_of, ran, results, stale_of, tiny, wait_for
+from pipeline_project import copy_of, ran, results, stale_of, tiny, wait_for, whole
 
 from hierprompt.pipeline.interruption import leftovers
 

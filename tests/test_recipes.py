@@ -120,7 +120,7 @@ def test_presets_of_prompts_for_clip(name):
     ({"samples_per_class": 2}, ValueError, "samples_per_class = 2 with drop_last = False: .* use drop_last=True"),
     ({"test_every": -1}, ValueError, "test_every"),
     ({"decay": "released_adamw"}, ValueError, "adamw"),
-    ({"momentum": 0.9}, TypeError, "unknown key 'momentum'"),
+    ({"nesterov": True}, TypeError, "unknown key 'nesterov'"),
     ({"weight_decy": 0.1}, TypeError, "Did you mean 'weight_decay'"),
 ])
 def test_bad_settings_are_refused(changes, error, message):

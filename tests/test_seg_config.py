@@ -91,7 +91,7 @@ def test_the_example_of_the_readme_trains(folder, monkeypatch):
     runner = names["runner"]
     backbone = runner.model.backbone
     assert runner.iter == 3 and list(folder.glob("work/*/vis_data/scalars.json"))
-    assert backbone.tuner.guidance.prepared
+    assert backbone.tuner.guidance.map.prepared
     fresh = type(backbone)(**{k: v for k, v in names["config"].model.backbone.items() if k != "type"})
     moved = [name for name, p in backbone.trainable().items() if not torch.equal(p, fresh.trainable()[name])]
     assert set(moved) == set(fresh.trainable())

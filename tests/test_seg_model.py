@@ -152,7 +152,7 @@ CASES = dict(
 @pytest.mark.parametrize("method", CASES)
 def test_maps_keep_their_places_and_only_declared_tensors_train(method):
     backbone = PromptedViT(**TINY, method=method, config=CASES[method]).train()
-    if method == "da_vpt": backbone.tuner.guidance.prepared = True
+    if method == "da_vpt": backbone.tuner.guidance.map.prepared = True
     maps = backbone(noise(3, 3, 24, 40), torch.eye(5, dtype=torch.bool)[:3])
     own = backbone.aux_loss()
     assert [m.shape for m in maps] == [(3, 64, 3, 5)] * 4
@@ -233,7 +233,7 @@ def test_several_classes_are_chosen_about_equally_often():
 
 def test_a_crop_without_classes_gives_no_loss_of_the_method():
     model = segmentor(**GUIDED).train()
-    model.backbone.tuner.guidance.prepared = True
+    model.backbone.tuner.guidance.map.prepared = True
     images, samples = batch()
     for sample in samples: sample.set_metainfo({"present": []})
     losses = model.loss(images, samples)
@@ -243,7 +243,7 @@ def test_a_crop_without_classes_gives_no_loss_of_the_method():
 
 def test_the_loss_is_the_heads_and_the_methods():
     model = segmentor(**GUIDED).train()
-    model.backbone.tuner.guidance.prepared = True
+    model.backbone.tuner.guidance.map.prepared = True
     losses = model.loss(*batch())
     names = ["decode.loss_ce", *(f"aux_{i}.loss_ce" for i in range(3)), "loss_prompt"]
     assert losses["loss_prompt"] > 0 and {n for n in losses if "loss" in n} == set(names)

@@ -1,5 +1,6 @@
 "SHIP: the invariants of its spec, the engine's form against the slow one, counts, partition, bad input."
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -621,6 +622,29 @@ def test_invariant_24_save_and_load(changes, floats, tmp_path):
         assert loaded.tuner.prepared and loaded.config == model.config and torch.equal(loaded(images), model(images))
     if "tuner.prototypes" in names: assert torch.equal(loaded.tuner.prototypes, model.tuner.prototypes)
     assert ("tuner.prototypes" in names) == (model.config.num_ap_hierarchies > 0 and len(model.config.starts) > 1)
+
+
+@pytest.mark.parametrize("way", ["restore", "load_state_dict", "assign"])
+@pytest.mark.parametrize("shape", [(6, 96), (7, 64), (7,), (1, 7, 96)])
+def test_prototypes_of_another_shape(way, shape, vit6, floats):
+    "However they come: by name, with both shapes."
+    model, other = tune(vit6, "ship", 3, **SMALL), torch.randn(shape)
+    with pytest.raises(ValueError, match=rf"prototypes has shape {re.escape(str(shape))}, has to be \(7, 96\): make the model with"):
+        if way == "restore": model.tuner.restore({"prototypes": other})
+        elif way == "load_state_dict": model.tuner.load_state_dict({"prototypes": other}, strict=False)
+        else:
+            model.tuner.prototypes = other
+            model(floats.float())
+    assert way == "assign" or not model.tuner.prepared
+
+
+def test_prototypes_alone_prepare_a_model(vit6, floats):
+    "Of the right shape; other tensors of a saved model are compared too."
+    given, model = ship(vit6, floats), tune(vit6, "ship", 3, **SMALL)
+    model.tuner.load_state_dict({"prototypes": given.tuner.prototypes}, strict=False)
+    assert model.tuner.prepared and torch.equal(model.tuner.prototypes, given.tuner.prototypes)
+    with pytest.raises(ValueError, match=r"ssp_prompts has shape \(9, 96\), has to be"):
+        model.tuner.restore({"ssp_prompts": torch.zeros(9, 96)})
 
 
 # Cost, state and settings beyond the invariants

@@ -21,6 +21,7 @@ _SHIP = dict(num_tokens=2, num_shared=2, num_attributes=3, num_prototypes=5, num
 SETTINGS = {   # that fit the tiny networks
     "spt_lora": _SPT, "spt_adapter": _SPT, "ship": _SHIP, "da_vpt_ship": _SHIP | dict(num_guided=2),
     "da_vpt": dict(num_tokens=4, num_guided=3),
+    "sct": dict(num_channels=8), "gate_vpt": dict(num_tokens=4), "mp": dict(width=64),
     "coop": dict(n_ctx=4), "plot": dict(num_tokens=4, num_sets=2, max_iterations=5), "maple": dict(depth=2), "prograd": dict(n_ctx=4),
     "adapt": dict(num_tokens=4, target=12, warmup_epochs=1, per_event=2),
 }
@@ -189,6 +190,7 @@ def test_hooks_change_nothing_by_watching(method, images):
     for m in model.modules():       # more tokens would draw other masks
         if isinstance(m, nn.Dropout): m.p = 0.0
         if isinstance(m, DropPath): m.drop_prob = 0.0
+        if isinstance(m, nn.BatchNorm1d): m.momentum = 0.0      # its statistics move with every training step
     wanted, (loss, grads) = logits(model, images), gradients(model, images)
     model.eval()
     blocks, seen = blocks_of(model), []
@@ -266,7 +268,7 @@ def test_exchanged_layers_are_run(images):
 
 @pytest.mark.parametrize("method", ALL)
 def test_checkpointing_keeps_less_and_changes_nothing(method, images):
-    if method == "linear": return    # nothing before the classifier keeps anything
+    if method in ("linear", "mp"): return    # nothing before the classifier keeps anything
     kept = {}
     def count(key):
         def pack(t): kept[key] = kept.get(key, 0) + t.numel(); return t

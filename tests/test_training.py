@@ -576,11 +576,15 @@ RUNS = {
     "adamw": ("adapter", {"dropout": 0.1}, dict(optimizer="adamw", lr=0.01, augment="crop_flip")),
     "none": ("linear",),
     "features": ("linear", {}, dict(augment="random_resized_crop_flip", eval_batch_size=20)),
+    "timm": ("vpt_deep", {}, dict(augment="flip_rand_augment", mixup=0.8, cutmix=1.0, erasing=0.5, ema=0.9, label_smoothing=0.1)),
+    "mixed_features": ("linear", {}, dict(mixup=0.8, cutmix=1.0, erasing=0.5, ema=0.9, momentum=0.0, eval_batch_size=20)),
 }
 
 
 def finish(trainer):
-    return [trainer.epoch(e) for e in range(trainer.epochs_done, trainer.recipe.epochs)], [p.detach().clone() for p in trainer._weights()]
+    rows = [trainer.epoch(e) for e in range(trainer.epochs_done, trainer.recipe.epochs)]
+    averages = [] if trainer.average is None else [t.clone() for t in trainer.average.kept.values()]
+    return rows, [p.detach().clone() for p in trainer._weights()] + averages
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -859,7 +863,7 @@ def test_no_host_sync_inside_an_epoch(vit, name):
     model.train()
     rows = torch.arange(16, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
-    try: [trainer._update(1, rows, trainer._inputs(rows)) for _ in range(3)]
+    try: [trainer._update(1, *trainer._inputs(rows)) for _ in range(3)]
     finally: torch.cuda.set_sync_debug_mode("default")
 
 

@@ -192,7 +192,7 @@ class PromptedCLIP(Trainable):
         "`losses` for `features` that are known already; where `features_are_constant`."
         ctx = Context(labels=labels, training=self.training)
         logits = self._logits(features, ctx)
-        return self._losses(logits, labels, label_smoothing, self.tuner.aux_loss(self, ctx))
+        return self.losses_of(logits, labels, label_smoothing, self.tuner.aux_loss(self, ctx))
 
     def arguments(self) -> dict:
         "What `tune_clip` was given besides the method's settings, as plain data."

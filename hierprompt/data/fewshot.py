@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from ..core import digest, lookup
+from ..core import digest, lookup, whole_number
 from .tasks import Split, Task
 
 # %% ../../nbs/data/70_fewshot.ipynb #127bf72c
@@ -51,20 +51,19 @@ class FewShot:
     keep: dict[str, list[int]]
     about: dict                 # for `Task.source["fewshot"]`: shots, val_shots, rows, hashes, items
 
-def check_draws(shots: int, seeds: Sequence[int]) -> None:
-    "At least one shot and one seed, no seed twice; else `ValueError`."
-    if isinstance(shots, bool) or not isinstance(shots, int) or shots < 1:
-        raise ValueError(f"shots={shots!r}: give a number of images per class, 1 or more")
-    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) for seed in seeds):
-        raise ValueError(f"seeds={seeds!r}: give at least one whole number, and none twice")
+def check_draws(shots: int, seeds: Sequence[int]) -> tuple[int, list[int]]:
+    "Both as Python's numbers: at least one shot and one seed, no seed twice, else `ValueError`; no whole number: `TypeError`."
+    shots, seeds = whole_number(shots, "shots", 1), [whole_number(seed, "a seed of the draws") for seed in seeds]
+    if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds={seeds!r}: give at least one whole number, and none twice")
+    return shots, seeds
 
 def plan(items: Mapping[str, Sequence[str]],   # "train" and, where there is one, "val": names of all items, such as relative paths
          labels: Mapping[str, Sequence[int]],  # the same parts
          shots: int = SHOTS,                   # training images per class
          seeds: Sequence[int] = SEEDS,
         ) -> FewShot:
-    "The draws of all seeds and their union; without a val list val is drawn from train's rest. Bad `shots` or `seeds` raise `ValueError`."
-    check_draws(shots, seeds)
+    "The draws of all seeds and their union; without a val list val is drawn from train's rest. Refuses what `check_draws` says."
+    shots, seeds = check_draws(shots, seeds)
     draws = {str(seed): draw_both(labels["train"], labels.get("val"), shots, seed) for seed in seeds}
     lists = {part: part if part in items else "train" for part in ("train", "val")}
     keep = {part: sorted({i for few in draws.values() for i in few[part]}) for part in lists}

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core import digest, to_dict
+from ..core import digest, to_dict, whole_number
 from .listing import Listing, is_clutter, read_splits, some_names
 from .preprocess import Preprocess, get_preprocess, picture_suffixes
 from .tasks import PARTS, Task
@@ -166,7 +166,7 @@ class FolderTask:
              cache: str | Path | None = None,   # folder for memory-mapped arrays
             ) -> Task:
         "The decoded task, named like the folder; what the functions above refuse raises `ValueError`, what is left out is warned of."
-        root, how, aside = Path(root), get_preprocess(preprocess), _Aside()
+        root, how, aside, seed = Path(root), get_preprocess(preprocess), _Aside(), whole_number(seed, "seed")
         if not root.exists(): raise FileNotFoundError(f"folder {root} does not exist")
         if not root.is_dir(): raise ValueError(f"root={root} is a file: give the folder of the class folders; an archive must be unpacked")
         homes = _part_folders(root)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PREPROCESS', 'FORMATS', 'LARGE', 'BITS_PER_SAMPLE', 'PHOTOMETRIC', 'DECODER', 'STRIP', 'SCALE', 'RATIO', 'ATTEMPTS',
-           'AUGMENT', 'whole_size', 'Preprocess', 'get_preprocess', 'picture_formats', 'picture_suffixes',
-           'open_picture', 'from_memory', 'decode', 'to_square', 'random_crop', 'random_flip', 'random_resized_crop',
-           'center_crop', 'Augment', 'augment']
+           'OPERATIONS_PER_IMAGE', 'OPERATION_CHANCE', 'STRENGTH', 'STRENGTH_SPREAD', 'GREY', 'OPERATIONS', 'AUGMENT',
+           'ERASED_SCALE', 'ERASED_RATIO', 'whole_size', 'Preprocess', 'get_preprocess', 'picture_formats',
+           'picture_suffixes', 'open_picture', 'from_memory', 'decode', 'to_square', 'random_crop', 'random_flip',
+           'random_resized_crop', 'rand_augment', 'center_crop', 'Augment', 'augment', 'random_erase']
 
 # %% ../../nbs/data/10_preprocess.ipynb #82943112
 import math
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from ..core import lookup
@@ -245,20 +247,22 @@ def random_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tenso
 # %% ../../nbs/data/10_preprocess.ipynb #80d35ea6
 SCALE, RATIO, ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10  # torchvision's RandomResizedCrop
 
-def _windows(images: torch.Tensor, generator: torch.Generator):
-    "(B, 4) top, left, height, width of one random window per image, in pixels (whole numbers)."
+def _windows(images: torch.Tensor, generator: torch.Generator, scale=SCALE, ratio=RATIO, whole: bool = True) -> torch.Tensor:
+    """(B, 4) top, left, height, width of one random window per image, in pixels (whole numbers); where none of the attempts fits, all of
+    the image, or without `whole`, where windows are smaller than the image, nothing of it."""
     side = images.shape[-1]
     draw = _uniform(images, generator, ATTEMPTS, 4)
-    area = side ** 2 * (SCALE[0] + (SCALE[1] - SCALE[0]) * draw[..., 0])
-    low, high = np.log(RATIO)
-    ratio = torch.exp(low + (high - low) * draw[..., 1])
-    width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (width <= side) & (height <= side) & (width > 0) & (height > 0)
+    area = side ** 2 * (scale[0] + (scale[1] - scale[0]) * draw[..., 0])
+    low, high = np.log(ratio)
+    aspect = torch.exp(low + (high - low) * draw[..., 1])
+    width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    most = side if whole else side - 1
+    fits = (width <= most) & (height <= most) & (width > 0) & (height > 0)
     top, left = (draw[..., 2] * (side - height + 1)).floor(), (draw[..., 3] * (side - width + 1)).floor()
     tried = torch.stack([top, left, height, width], -1)
-    whole = tried.new_tensor([0, 0, side, side]).expand(len(images), 1, 4)
+    otherwise = tried.new_tensor([0, 0, side, side] if whole else [0, 0, 0, 0]).expand(len(images), 1, 4)
     first = torch.cat([fits, torch.ones_like(fits[:, :1])], 1).int().argmax(1)
-    return torch.cat([tried, whole], 1)[torch.arange(len(images), device=images.device), first]
+    return torch.cat([tried, otherwise], 1)[torch.arange(len(images), device=images.device), first]
 
 def random_resized_crop(images: torch.Tensor,        # (B, 3, S, S) uint8
                         size: int,                   # side of the result
@@ -272,6 +276,48 @@ def random_resized_crop(images: torch.Tensor,        # (B, 3, S, S) uint8
     grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
     sampled = F.grid_sample(images.float(), grid, mode="bicubic", padding_mode="border", align_corners=False)
     return sampled.round_().clamp_(0, 255).to(torch.uint8)
+
+# %% ../../nbs/data/10_preprocess.ipynb #8cee0c12
+OPERATIONS_PER_IMAGE, OPERATION_CHANCE, STRENGTH, STRENGTH_SPREAD = 2, 0.5, 0.9, 0.05  # of timm's rand-m9-mstd0.5-inc1
+GREY = [128.0] * 3                                                                    # what comes in from outside of the image
+
+def _affine(image: torch.Tensor, shear=(0.0, 0.0), shift=(0.0, 0.0)) -> torch.Tensor:
+    "Sheared about the upper left corner by slopes, or shifted by parts of the side."
+    return TF.affine(image, angle=0.0, translate=[part * image.shape[-1] for part in shift], scale=1.0,
+                     shear=[math.degrees(math.atan(slope)) for slope in shear], interpolation=InterpolationMode.BILINEAR, fill=GREY,
+                     center=[0.0, 0.0])
+
+OPERATIONS = {  # timm's name: what becomes of an image (3, S, S) uint8, by strength 0..1 and sign
+    "AutoContrast": lambda x, s, sign: TF.autocontrast(x),
+    "Equalize": lambda x, s, sign: TF.equalize(x),
+    "Invert": lambda x, s, sign: TF.invert(x),
+    "Rotate": lambda x, s, sign: TF.rotate(x, sign * 30 * s, InterpolationMode.BILINEAR, fill=GREY),
+    "PosterizeIncreasing": lambda x, s, sign: TF.posterize(x, 4 - int(4 * s)),
+    "SolarizeIncreasing": lambda x, s, sign: TF.solarize(x, 256 - int(256 * s)),
+    "SolarizeAdd": lambda x, s, sign: torch.where(x < 128, x + int(110 * s), x),
+    "ColorIncreasing": lambda x, s, sign: TF.adjust_saturation(x, 1 + sign * 0.9 * s),
+    "ContrastIncreasing": lambda x, s, sign: TF.adjust_contrast(x, 1 + sign * 0.9 * s),
+    "BrightnessIncreasing": lambda x, s, sign: TF.adjust_brightness(x, 1 + sign * 0.9 * s),
+    "SharpnessIncreasing": lambda x, s, sign: TF.adjust_sharpness(x, 1 + sign * 0.9 * s),
+    "ShearX": lambda x, s, sign: _affine(x, shear=(sign * 0.3 * s, 0.0)),
+    "ShearY": lambda x, s, sign: _affine(x, shear=(0.0, sign * 0.3 * s)),
+    "TranslateXRel": lambda x, s, sign: _affine(x, shift=(sign * 0.45 * s, 0.0)),
+    "TranslateYRel": lambda x, s, sign: _affine(x, shift=(0.0, sign * 0.45 * s)),
+}
+
+def rand_augment(images: torch.Tensor,        # (B, 3, S, S) uint8
+                 generator: torch.Generator,
+                ) -> torch.Tensor:            # (B, 3, S, S) uint8
+    "Each image after up to two random operations, image by image."
+    shape, where, operations = (len(images), OPERATIONS_PER_IMAGE), generator.device, list(OPERATIONS.values())
+    draws = torch.rand(*shape, 3, generator=generator, device=where).tolist()
+    strengths = (STRENGTH + STRENGTH_SPREAD * torch.randn(shape, generator=generator, device=where)).clamp(0, 1).tolist()
+    done = []
+    for image, draw, strength in zip(images, draws, strengths):
+        for (which, chance, side), s in zip(draw, strength):
+            if chance < OPERATION_CHANCE: image = operations[int(which * len(operations))](image, s, 1 if side < 0.5 else -1)
+        done.append(image)
+    return torch.stack(done)
 
 # %% ../../nbs/data/10_preprocess.ipynb #28a09d82
 def center_crop(images: torch.Tensor,  # (..., S, S)
@@ -290,13 +336,16 @@ class Augment:
     "One training augmentation."
     crop: Literal["center", "random", "resized"] = "center"
     flip: bool = False
+    rand_augment: bool = False
 
 AUGMENT = {
     "none": Augment(),
     "flip": Augment(flip=True),
     "crop_flip": Augment("random", True),  # VPT and E2VPT on FGVC (baselines spec 2.2)
-    "random_resized_crop_flip": Augment("resized", True),
-}  # DA-VPT, SSF and MP on FGVC; CoOp and all that follow it (Adapt spec 4.4)
+    "random_resized_crop_flip": Augment("resized", True),  # DA-VPT, SSF and MP on FGVC ("simple_aug"), AdaptFormer; CoOp and all that
+                                                           # follow it (Adapt spec 4.4)
+    "flip_rand_augment": Augment(flip=True, rand_augment=True),  # SCT's "train_aug" (baselines spec 1.10)
+}
 
 def augment(images: torch.Tensor,                      # (B, 3, S, S) uint8, on any device
             name: str,                                 # a key of `AUGMENT`
@@ -311,4 +360,21 @@ def augment(images: torch.Tensor,                      # (B, 3, S, S) uint8, on 
     if how.crop == "center": images = center_crop(images, size)
     if how.crop == "random": images = random_crop(images, size, generator)
     if how.crop == "resized": images = random_resized_crop(images, size, generator)
-    return random_flip(images, generator) if how.flip else images
+    if how.flip: images = random_flip(images, generator)
+    return rand_augment(images, generator) if how.rand_augment else images
+
+# %% ../../nbs/data/10_preprocess.ipynb #8d4a0911
+ERASED_SCALE, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's RandomErasing
+
+def random_erase(images: torch.Tensor,        # (B, 3, S, S) float, normalised
+                 probability: float,          # of each image
+                 generator: torch.Generator,
+                ) -> torch.Tensor:            # (B, 3, S, S)
+    "Noise in a window of some of the images; an image where no window fits in ten attempts stays as it is."
+    chosen = _uniform(images, generator) < probability
+    top, left, height, width = _windows(images, generator, ERASED_SCALE, ERASED_RATIO, whole=False)[..., None].unbind(1)
+    steps = torch.arange(images.shape[-1], device=images.device)
+    rows, columns = (steps >= top) & (steps < top + height) & chosen[:, None], (steps >= left) & (steps < left + width)
+    seed = int(torch.randint(2 ** 31, (), generator=generator, device=generator.device))
+    noise = torch.empty_like(images).normal_(generator=torch.Generator(images.device).manual_seed(seed))
+    return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], noise, images)

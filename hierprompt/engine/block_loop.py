@@ -126,6 +126,15 @@ class Tuner(Method):
         "Instance tokens (B, n, D) of images, or of class prompts, and the segments that accompany them."
         return host.embed(inputs), []
 
+    def transform(self, engine: "Engine", images: Tensor, ctx: Context) -> Tensor:
+        "Normalised images (B, 3, H, W) as the network sees them; for prompts in the picture."
+        return images
+
+    def stream(self, engine: "Engine", inputs, ctx: Context) -> tuple[Tensor, list[Segment]]:
+        """The last block's output, before the final norm, and the prompts kept there. Overridden by a method that runs a second stream of
+        tokens through the same blocks, with `Engine.run`."""
+        return engine.run(range(engine.host.depth), *self.embed(engine.host, self.transform(engine, inputs, ctx), ctx), ctx)
+
     def enter(self, i: int, z: Tensor, prompts: list[Segment], ctx: Context) -> list[Segment]:
         "The prompts that block `i` sees; `prompts` are those the block before kept."
         return prompts
@@ -184,9 +193,19 @@ class Tuner(Method):
         "Features (B, D) from the last block's output."
         return host.pool(self.final_norm(host, z))
 
+    def make_head(self, num_classes: int, init: str, generator: torch.Generator) -> nn.Module | None:
+        "A classifier of the method's own for what `pool` returns; None: the linear one. `init` as in `tune`."
+        return None
+
     def aux_loss(self, ctx: Context) -> Tensor | float:
         "The method's own losses, weighted; added to the classification loss."
         return 0.0
+
+    def losses(self, model, images: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+        """Classification loss, and the method's own losses, weighted: two scalars. Overridden where one pass and its answer do not suffice;
+        labels are class ids (N,), or probabilities (N, C)."""
+        logits, ctx = model.scored(images, labels)
+        return model.losses_of(logits, labels, label_smoothing, self.aux_loss(ctx))
 
 # %% ../../nbs/engine/20_block_loop.ipynb #eb0d95a6
 def spread(x: Tensor,   # (S, ...): one entry for batch / S consecutive rows
@@ -264,7 +283,7 @@ class Engine(nn.Module):
 
     def tokens(self, inputs, ctx: Context) -> tuple[Tensor, list[Segment]]:
         "The last block's output (before the final norm) and the prompts kept there."
-        return self.run(range(self.host.depth), *self.tuner.embed(self.host, inputs, ctx), ctx)
+        return self.tuner.stream(self, inputs, ctx)
 
     def run(self, blocks: range, z: Tensor, prompts: list[Segment], ctx: Context) -> tuple[Tensor, list[Segment]]:
         "Some consecutive blocks, from what enters the first of them to what leaves the last."

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core import atomic_path, digest, foreign_content, from_dict, list_of_texts, to_dict, write_json
 from .hosts import weights_sha256
@@ -45,8 +45,10 @@ class SavedModel:
     tensors_sha256: str             # `weights_sha256` of them
 
 def _buffers(model) -> dict[str, Tensor]:
-    "The tuner's state that is not trained but learnt: maps, masks, prototypes."
-    return {f"tuner.{n}": b for n, b in model.tuner.state_dict().items() if n not in dict(model.tuner.named_parameters())}
+    "What is not trained but learnt, of the tuner and of a classifier of its own: maps, masks, prototypes, statistics."
+    parts = {name: part for name in ("tuner", "head") if isinstance(part := getattr(model, name), nn.Module)}
+    return {f"{name}.{n}": b for name, part in parts.items() for n, b in part.state_dict().items()
+            if n not in dict(part.named_parameters())}
 
 def _kind(tensor: Tensor) -> str:
     "Type and shape of a tensor, as `config.json` writes them."

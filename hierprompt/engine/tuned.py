@@ -74,12 +74,13 @@ class Trainable(nn.Module):
     def _tell(self) -> None:
         "Warns, once a model, that the method's own losses are not in the class scores."
         self._told = True
-        if type(self.tuner).aux_loss is not self.tuner_base.aux_loss:
+        own, base = type(self.tuner), self.tuner_base
+        if any(getattr(own, name, None) is not getattr(base, name, None) for name in ("aux_loss", "losses")):
             warnings.warn(f"{self.method} has losses of its own, which model(images) leaves out: train with model.loss(images, labels), or "
                           "with fit", stacklevel=3)
 
-    def _losses(self, logits: Tensor, labels: Tensor, label_smoothing: float, own: Tensor | float) -> tuple[Tensor, Tensor]:
-        "Cross-entropy of logits (B, C), and the method's own losses as a scalar beside it."
+    def losses_of(self, logits: Tensor, labels: Tensor, label_smoothing: float, own: Tensor | float) -> tuple[Tensor, Tensor]:
+        "Cross-entropy of logits (B, C), and the method's own losses, `own`, as a scalar beside it."
         entropy = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         return entropy, own if isinstance(own, Tensor) else entropy.new_full((), own)
 
@@ -150,7 +151,8 @@ class Trainable(nn.Module):
         spec 3.2)."""
         groups = {}
         for name, p in self.trainable().items():
-            part, decays = name.split(".")[0], p.ndim > 1 or vectors and name != "head.bias"
+            part = name.split(".")[0]
+            decays = p.ndim > 1 or vectors and not (part == "head" and name.endswith("bias"))
             rate = head_lr if part == "head" and head_lr is not None else lr
             decay = head_weight_decay if part == "head" and head_weight_decay is not None else weight_decay
             group = dict(name=f"{part}{'' if decays else ', no decay'}", params=[], lr=rate, weight_decay=decay if decays else 0.0)
@@ -158,7 +160,7 @@ class Trainable(nn.Module):
         return list(groups.values())
 
 class TunedModel(Trainable):
-    "A host, a tuner and a linear classifier."
+    "A host, a tuner and a classifier: a linear one, or the method's own."
     def __init__(self, host, method: str, tuner: type, config, num_classes: int, *, seed: int = 0, normalize: str = "backbone",
                  head_init: Literal["timm", "vpt"] = "timm"):
         super().__init__()
@@ -166,7 +168,8 @@ class TunedModel(Trainable):
         self.method, self.config, self.num_classes, self.normalize, self.head_init = method, config, num_classes, normalize, head_init
         host.requires_grad_(False)
         self.engine = Engine(host, tuner(host, config, generator, num_classes))
-        self.head = make_head(host.dim, num_classes, head_init, generator)
+        own = self.tuner.make_head(num_classes, head_init, generator)
+        self.head = make_head(host.dim, num_classes, head_init, generator) if own is None else own
         self._set_statistics(*_statistics(host, normalize))
         for p in self.tuner.trainable(host).values(): p.requires_grad_(True)
         first = next(host.parameters())
@@ -176,7 +179,7 @@ class TunedModel(Trainable):
 
     host = property(lambda self: self.engine.host, doc="The frozen backbone's view.")
     tuner = property(lambda self: self.engine.tuner, doc="The method's trainable part.")
-    device = property(lambda self: self.head.weight.device, doc="Where the model is.")
+    device = property(lambda self: next(self.head.parameters()).device, doc="Where the model is.")
 
     @property
     def drop_path(self) -> float:
@@ -190,7 +193,7 @@ class TunedModel(Trainable):
         self.engine.drop_path = rate
 
     def features(self, images: Tensor) -> Tensor:
-        "(B, D): what the classifier sees."
+        "(B, D): what the classifier sees; of a method with a classifier of its own, what that sees."
         return self._features(images, Context(training=self.training))
 
     def _features(self, images: Tensor, ctx: Context) -> Tensor:
@@ -204,10 +207,13 @@ class TunedModel(Trainable):
         return self.tuner.final_norm(self.host, z)
 
     def losses(self, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        "Cross-entropy, and the sum of the method's own weighted losses; two scalars."
+        "Cross-entropy, and the sum of the method's own weighted losses; two scalars. See `Tuner.losses`."
+        return self.tuner.losses(self, images, labels, label_smoothing)
+
+    def scored(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Context]:
+        "Logits (B, C) of one pass that knows the labels, and what it left for the losses."
         ctx = Context(labels=labels, training=self.training)
-        logits = self.head(self._features(images, ctx))
-        return self._losses(logits, labels, label_smoothing, self.tuner.aux_loss(ctx))
+        return self.head(self._features(images, ctx)), ctx
 
     def losses_from_features(self, features: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         "`losses` for `features` (B, D) that are known already; where `features_are_constant`."
@@ -221,8 +227,10 @@ class TunedModel(Trainable):
 
     @property
     def features_are_constant(self) -> bool:
-        "True when nothing before the classifier trains: then features need computing only once."
-        return self.tuner.prepared and not self.tuner.trainable(self.host) and self.drop_path == 0
+        """True when nothing before the classifier trains, and it sees pooled features: then they need computing only once. (All tokens of
+        all images would be too much to keep.)"""
+        frozen = self.tuner.prepared and not self.tuner.trainable(self.host)
+        return frozen and self.drop_path == 0 and not self.tuner.reads_tokens
 
     def keepers(self) -> list:
         "Whoever remembers something in `remembered`."

@@ -24,6 +24,15 @@ register_methods("vit", {
     "da_vpt_ship": f"{_HERE}.davpt.guided_ship:GuidedSHIP",
     "spt_lora": f"{_HERE}.vit.spt:SPTLoRA",
     "spt_adapter": f"{_HERE}.vit.spt:SPTAdapter",
+    "ssf": f"{_HERE}.vit.ssf:SSF",
+    "snf": f"{_HERE}.vit.snf:SNF",
+    "adaptformer": f"{_HERE}.vit.adaptformer:AdaptFormer",
+    "sct": f"{_HERE}.vit.sct:SCT",
+    "gate_vpt": f"{_HERE}.vit.gate_vpt:GateVPT",
+    "e2vpt": f"{_HERE}.vit.e2vpt:E2VPT",
+    "mosa": f"{_HERE}.vit.mosa:MoSA",
+    "mp": f"{_HERE}.vit.mp:MP",
+    "noah": f"{_HERE}.vit.noah:NOAH",
 })
 
 # %% ../../nbs/methods/10_names.ipynb #7270a2c5

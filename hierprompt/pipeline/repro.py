@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -146,16 +147,36 @@ def _check_folders(profile: str) -> None:
     "A benchmark without a folder is named at once."
     check_folders({file.stem: read_settings(file) for file in sorted(Path(settings_folder(profile), "data").glob("*.json"))})
 
-def _active(profile: str, force: bool) -> tuple[dict[str, Stage], dict[str, list] | None]:
-    "The stages of the active profile, its settings written anew where they are stale; what DVC says of them (`None` with `force`)."
-    found = None if force else changes()
-    if force or f"{profile}-settings" in found:
-        from hierprompt.pipeline.stage_files import update_settings
-        update_settings()
-        record_settings(profile)
-        _check_folders(profile)
-        found = None if force else changes()
-    return load_stages(profile), found
+def _state(profile: str) -> tuple[dict[str, list], Future]:
+    "What DVC says of all stages, and the stages of a profile with what it remembers of them, read while it looks."
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(lambda: (load_stages(profile), recorded(profile)))
+        return changes(), reading
+
+def _renew_settings(profile: str) -> None:
+    "Writes the settings of the active profile anew and has DVC remember them."
+    from hierprompt.pipeline.stage_files import update_settings
+    update_settings()
+    record_settings(profile)
+    _check_folders(profile)
+
+def _stale(profile: str, tables: list[str] | None) -> tuple[dict[str, Stage], set[str], Pass]:
+    "The stages of the active profile, those that are wanted, and the first pass; settings are written anew where they are stale."
+    found, reading = _state(profile)
+    if f"{profile}-settings" in found:   # then what was read counts for nothing
+        _renew_settings(profile)
+        found, reading = _state(profile)
+    stages, locks = reading.result()
+    wanted = stages_of_tables(stages, tables, profile)
+    return stages, wanted, next_pass(stages, judge(stages, found, locks), wanted)
+
+def _all(profile: str, tables: list[str] | None) -> tuple[dict[str, Stage], set[str], Pass]:
+    "As `_stale`, with everything that is wanted in the first pass."
+    _renew_settings(profile)
+    stages = load_stages(profile)
+    wanted = stages_of_tables(stages, tables, profile)
+    remove([f".cache/trials/{profile}", f".cache/segment/{profile}"])
+    return stages, wanted, everything(stages, wanted)
 
 def _reason(future) -> list[str]:
     "Why a stage failed, as lines."
@@ -219,10 +240,7 @@ def repro(workers: Workers | None = None,    # None: two processes, or one a GPU
         for line in mend(): print(line)
         profile = active_profile()
         _check_folders(profile)
-        stages, found = _active(profile, force)
-        wanted = stages_of_tables(stages, tables, profile)
-        if force: remove([f".cache/trials/{profile}", f".cache/segment/{profile}"])
-        todo = everything(stages, wanted) if force else next_pass(stages, judge(stages, found, recorded(profile)), wanted)
+        stages, wanted, todo = (_all if force else _stale)(profile, tables)
         failed = _passes(todo, stages, wanted, profile, workers or Workers()) if todo.run else []
         sweep()   # a killed process may have been seen alive at the start
     print(f"profile {profile}: " + (f"{len(failed)} stages failed" if failed else f"{len(wanted)} stages are up to date"), flush=True)

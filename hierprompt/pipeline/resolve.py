@@ -18,6 +18,7 @@ from ..data.embedded.tasks import EMBEDDED
 from ..data.preprocess import get_preprocess
 from ..engine.registry import method_code, method_kind
 from ..engine.tuned import method_config
+from ..papers.baseline_settings import BASELINE_SETTINGS
 from ..papers.davpt_settings import SETTINGS
 from .checks import benchmarks, check_crop, check_once, check_profile, check_seeds, covered
 from .profiles import Block, Change, Data, Profile, Table, Variant
@@ -226,7 +227,8 @@ def _check_changes(profile: Profile, variant: Variant) -> None:
 @cache
 def _published_changes(name: str) -> dict[str, Change]:
     "Task -> what published settings change there."
-    return {task: Change(entry["config"], entry["recipe"]) for task, entry in lookup(SETTINGS, name, "settings")().items()}
+    settings = lookup({**SETTINGS, **BASELINE_SETTINGS}, name, "settings")()
+    return {task: Change(entry["config"], entry["recipe"]) for task, entry in settings.items()}
 
 def _changes(variant: Variant, task: str) -> list[Change]:
     "What a task changes in a variant, later ones count more: published settings, the benchmark's entry, the task's."

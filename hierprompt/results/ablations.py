@@ -134,7 +134,7 @@ def ablation_page(ablation: Ablation) -> str:  # Markdown
     "The whole page: caption, table, what to know about it."
     study = ablation.study
     about = (f"The columns of {study.title} are printed ({study.protocol}, {study.backbone}); in brackets ours minus printed, "
-             "where tasks, backbone and profile are the paper's.")
+             "where tasks, backbone and profile are the paper's.") if study.columns else "No numbers of a paper exist for it."
     remarks = reasons(ablation.table, ablation.printed, study.columns)
     return page(study.title, f"{caption(ablation.table)} {about}", {"": ablation_part(ablation)}, remarks)
 

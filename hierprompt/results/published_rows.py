@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['SHIP_1', 'SHIP_CODE', 'DAVPT_1', 'DAVPT_3', 'DAVPT_3_9', 'BASELINES', 'OTHERS', 'SUPERVISED', 'FROZEN_VIT_B', 'MEANS',
-           'Row', 'published_groups', 'published_means', 'published_tasks', 'rows_of']
+           'Row', 'published_groups', 'published_means', 'published_tasks', 'rows_of', 'Placed', 'placed_rows']
 
 # %% ../../nbs/results/25_published_rows.ipynb #164c6437
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
+from typing import Optional
 
 import pandas as pd
 
-from ..core import lookup
+from ..core import from_dict, lookup, read_yaml
 from .metrics import APART, averages
-from .published import load_published
+from .published import PUBLISHED, load_published
 
 # %% ../../nbs/results/25_published_rows.ipynb #ddc44f63
 SHIP_1, SHIP_CODE = "SHIP Table I", "SHIP, released runs"
@@ -135,3 +137,19 @@ def rows_of(source: str = SHIP_1,         # a published table
     known = {row.published[source]: row for row in (*BASELINES, *OTHERS) if source in row.published}
     methods = load_published(name).method
     return tuple(replace(lookup(known, m, f"method of {source}"), published={source: m}) for m in methods)
+
+# %% ../../nbs/results/25_published_rows.ipynb #bc8cab10
+@dataclass
+class Placed:
+    "Rows of a printed table, and where they are run."
+    table: str                           # see `load_published`
+    profile: str                         # whose variants `rows` names
+    rows: dict[str, str]                 # printed row -> variant
+    pretraining: Optional[str] = None    # block of the table, where it has several
+    without: dict[str, str] = field(default_factory=dict)   # printed row -> why no variant is that row
+
+def placed_rows(root: str | Path = PUBLISHED  # where rows.yaml lies
+               ) -> list[Placed]:             # together every row of the papers' tables, each once
+    "Which variant of which profile every printed row is; a damaged file raises `TypeError` or `ValueError`."
+    path = Path(root) / "rows.yaml"
+    return [from_dict(Placed, entry, f"{path}: tables[{i}]") for i, entry in enumerate(read_yaml(path)["tables"])]

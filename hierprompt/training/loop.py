@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'image_size', 'autocast', 'evaluate', 'evaluation_view', 'Resident', 'features_suffice', 'make_resident',
-           'class_batches', 'Trainer', 'seeded', 'fit', 'fit_splits']
+           'Trainer', 'seeded', 'fit', 'fit_splits']
 
 # %% ../../nbs/training/30_loop.ipynb #cf75bbd0
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ..core import atomic_path, foreign_content, rng, rng_seed, to_dict, whole_number
-from ..data.preprocess import augment, center_crop
+from ..data.preprocess import augment, center_crop, random_erase
 from ..data.tasks import Split
-from .checks import check_model, check_precision, check_split, check_trains, usable_device
+from .averages import Average
+from .batches import class_batches, mix
+from .checks import check_mixes, check_model, check_precision, check_split, check_trains, usable_device
 from .history import History, peak_memory_mb
 from .recipes import Recipe, build_optimizer, recipe as as_recipe, schedule, set_rate
 
@@ -95,7 +96,7 @@ class Resident:
 
 def features_suffice(model, recipe: Recipe) -> bool:
     "Nothing random and nothing trainable acts before the classifier."
-    return model.features_are_constant and recipe.augment == "none"
+    return model.features_are_constant and not recipe.random_images
 
 def make_resident(model, split: Split, recipe: Recipe, training: bool) -> Resident:
     "Moves a split to the model's device; a margin is cut off here unless random crops need it."
@@ -110,42 +111,20 @@ def _features(model, images: Tensor, recipe: Recipe) -> Tensor:
         parts = [model.features(x).float() for x in images.split(recipe.eval_batch_size)]
     return torch.cat(parts)   # outside inference_mode: an ordinary tensor, which the classifier's gradient may keep
 
-# %% ../../nbs/training/30_loop.ipynb #a161504f
-def class_batches(labels: Tensor,          # (N,) int64
-                  batch_size: int,         # a multiple of samples_per_class, at most N
-                  samples_per_class: int,  # images of each class of a batch
-                  generator: torch.Generator,
-                 ) -> Tensor:              # (N // batch_size, batch_size): rows, those of one class side by side
-    "One epoch of batches with as many different classes as they have room for; sizes that do not fit raise `ValueError`."
-    if not 0 < samples_per_class <= batch_size <= len(labels) or batch_size % samples_per_class:
-        raise ValueError(f"{len(labels)} images make no batch of {batch_size} with {samples_per_class} images per class: use a batch_size "
-                         "that is a multiple of samples_per_class and no larger than the images")
-    _, sizes = torch.unique(labels, return_counts=True)   # classes without images do not take part
-    members = pad_sequence(labels.argsort(stable=True).split(sizes.tolist()), batch_first=True)   # (classes, largest size) rows
-    slots = batch_size // samples_per_class
-    return torch.stack([_class_batch(members, sizes, slots, samples_per_class, generator) for _ in range(len(labels) // batch_size)])
-
-def _class_batch(members: Tensor, sizes: Tensor, slots: int, samples_per_class: int, generator: torch.Generator) -> Tensor:
-    "(slots * samples_per_class,) rows of `members` (classes, padded), of which the first `sizes` count."
-    drawn = torch.randperm(len(sizes), generator=generator)[:slots]
-    keys = torch.rand(len(drawn), members.shape[1], generator=generator)
-    shuffled = keys.masked_fill_(torch.arange(members.shape[1]) >= sizes[drawn, None], 2).argsort(1)   # padding last
-    slot, lap = torch.arange(slots) % len(drawn), torch.arange(slots) // len(drawn)
-    place = (lap[:, None] * samples_per_class + torch.arange(samples_per_class)) % sizes[drawn[slot], None]
-    return members[drawn[slot]].gather(1, shuffled[slot].gather(1, place)).flatten()
-
 # %% ../../nbs/training/30_loop.ipynb #792eb45e
 class Trainer:
     "One training run over resident data; `epoch(e)` trains one epoch, or what is left of it, and returns its mean losses."
     def __init__(self, model, data: Resident, recipe: Recipe, seed: int):
         self.model, self.data, self.recipe = model, data, recipe
         self.sampler, self.augmenter, self.labels = rng(seed, "sampler"), rng(seed, "augment"), data.labels.cpu()
+        check_mixes(model, recipe)
         updates_per_epoch = len(self._batches(torch.arange(len(data.labels))))
         model.begin(recipe.epochs, updates_per_epoch)
         self.optimizer = build_optimizer(model, recipe)
         self.scheduler = schedule(self.optimizer, recipe, updates_per_epoch)
         self.on_features = model.features_are_constant
         self.losses = _loss_function(model, recipe)
+        self.average = None if recipe.ema is None else Average(model, recipe.ema)
         self.updates = self.images_seen = self.epochs_done = 0
         self._open()
 
@@ -180,32 +159,35 @@ class Trainer:
         "Makes one update after the other, those of the epoch that are still to do; yields how many updates there have been."
         for name, state in self.chance.items(): getattr(self, name).set_state(state)
         self.model.train()
-        for rows, inputs in self._feed(self._draw(), self.done):
-            self.total = self.total + self._update(epoch, rows, inputs) * len(rows)
-            self.seen, self.done = self.seen + len(rows), self.done + 1
+        for inputs, labels in self._feed(self._draw(), self.done):
+            self.total = self.total + self._update(epoch, inputs, labels) * len(labels)
+            self.seen, self.done = self.seen + len(labels), self.done + 1
             yield self.updates
 
     def _feed(self, batches: Sequence[Tensor], done: int) -> Iterator[tuple[Tensor, Tensor]]:
-        "Rows and inputs of all batches but the first `done`; features of augmented images are computed for several batches at once."
-        views = self.on_features and self.recipe.augment != "none"
+        "Inputs and labels of all batches but the first `done`; features of random images are computed for several batches at once."
+        views = self.on_features and self.recipe.random_images
         several = max(1, self.recipe.eval_batch_size // self.recipe.batch_size) if views else 1
         for i in range(0, len(batches), several):
             group = batches[i:i + several]
-            inputs = [self._inputs(rows) for rows in group]   # also where they are done: those after them need the same random numbers
+            inputs, labels = zip(*map(self._inputs, group))   # also where they are done: those after them need the same random numbers
             if i + several <= done: continue
             if views: inputs = _features(self.model, torch.cat(inputs), self.recipe).split([len(rows) for rows in group])
-            yield from list(zip(group, inputs))[max(0, done - i):]
+            yield from list(zip(inputs, labels))[max(0, done - i):]
 
-    def _inputs(self, rows: Tensor) -> Tensor:
-        "A batch of what is resident: features, images, or augmented images."
-        x = self.data.inputs[rows]
-        return x if self.recipe.augment == "none" else augment(x, self.recipe.augment, self.data.size, self.augmenter)
+    def _inputs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        "A batch of what is resident, features or images, augmented, mixed and erased; and class ids (B,) or probabilities (B, C)."
+        x, y, recipe = self.data.inputs[rows], self.data.labels[rows], self.recipe
+        if recipe.augment != "none": x = augment(x, recipe.augment, self.data.size, self.augmenter)
+        if recipe.mixes: x, y = mix(x, y, self.model.num_classes, recipe.mixup, recipe.cutmix, self.augmenter)
+        if recipe.erasing: x = random_erase(self.model.normalise(x), recipe.erasing, self.augmenter)
+        return x, y
 
-    def _update(self, epoch: int, rows: Tensor, inputs: Tensor) -> Tensor:
-        "One optimizer step on the batch `rows`; the loss and the auxiliary loss in it, (2,), stay on the device."
+    def _update(self, epoch: int, inputs: Tensor, labels: Tensor) -> Tensor:
+        "One optimizer step on a batch; the loss and the auxiliary loss in it, (2,), stay on the device."
         set_rate(self.scheduler, self.recipe, epoch, self.updates)
         with autocast(self.model.device, self.recipe.precision):
-            classification, auxiliary = self.losses(inputs, self.data.labels[rows])
+            classification, auxiliary = self.losses(inputs, labels)
         loss, weights = classification + auxiliary, self._weights()
         self.optimizer.zero_grad()
         if weights: loss.backward()
@@ -213,6 +195,7 @@ class Trainer:
         self.model.before_step(self.updates)
         self.optimizer.step()
         self.model.after_step(self.updates, self.optimizer)
+        if self.average is not None: self.average.update()
         self.updates += 1
         return torch.stack([loss.detach(), auxiliary.detach()])
 
@@ -248,6 +231,7 @@ def _state(self: Trainer) -> dict:  # tensors on the CPU, and plain data
         "total": self.total,
     }
     tensors |= {f"method.{name}": t for name, t in self.model.tuner.memory().items()}
+    if self.average is not None: tensors |= {f"average.{name}": t for name, t in self.average.kept.items()}
     if self.model.device.type == "cuda": tensors["chance.cuda"] = torch.cuda.get_rng_state(self.model.device)
     return {"tensors": {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()},
             "counters": {name: getattr(self, name) for name in _COUNTERS}, "run": _run(self)}
@@ -273,6 +257,8 @@ def _restore(self: Trainer, state: dict) -> None:
     for name, t in wanted.items(): t.data = tensors[name].to(t.device, copy=True)   # of another shape where a method removed something
     self.model.tuner.recall({name.removeprefix("method."): t for name, t in tensors.items() if name.startswith("method.")})
     self.model.train(self.model.training)   # forgets what was remembered of other weights
+    if self.average is not None:
+        self.average.kept = {name: tensors[f"average.{name}"].to(t.device, copy=True) for name, t in self.average.kept.items()}
     memory = {}
     for name in tensors:
         if name.startswith("optimizer."): memory.setdefault(int(name.split(".")[1]), {})[name.split(".", 2)[2]] = tensors[name].clone()
@@ -318,8 +304,9 @@ def fit(model,                         # a `TunedModel`; trained in place, left 
         device=None,                   # as PyTorch names it; None: CUDA where there is one, else the CPU
         progress: bool = True,         # a progress bar
        ) -> History:
-    """Trains what the method declares; bad data raise `ValueError`, what is no model and no split `TypeError`, values that are not finite
-    `FloatingPointError`. Stopped in the middle, it leaves the model in evaluation mode too."""
+    """Trains what the method declares; with `recipe.ema` the model ends with the averages. Bad data raise `ValueError`, what is no model
+    and no split `TypeError`, values that are not finite `FloatingPointError`. Stopped in the middle, it leaves the model in evaluation
+    mode too."""
     splits = {k: s for k, s in {"train": train, "valid": valid, "test": test}.items() if s is not None or k == "train"}
     return fit_splits(model, splits, as_recipe(recipe), seed, device, progress, {})
 
@@ -328,6 +315,7 @@ def fit_splits(model, splits: dict[str, Split], recipe: Recipe, seed: int, devic
     "`fit`, with resident data taken from `memo` or left there for the next run of a model with the same features."
     check_model(model, "fit")
     check_trains(model)
+    check_mixes(model, recipe)
     for name, split in splits.items(): check_split(model, split, name)
     try: return _fit(model, splits, recipe, whole_number(seed, "seed"), usable_device(device), progress, memo)
     finally: model.eval()
@@ -343,6 +331,7 @@ def _fit(model, splits: dict[str, Split], recipe: Recipe, seed: int, device: tor
     trainer, prepared = Trainer(model, _resident(model, splits, "train", recipe, memo), recipe, seed), time.perf_counter() - start
     data = {name: _resident(model, splits, name, recipe, memo) for name in splits}
     with seeded(seed, "dropout", model.device), model.remembered(): rows, updating = _epochs(trainer, data, progress)
+    if trainer.average is not None: trainer.average.exchange()
     seconds = prepared + updating
     return History(rows, model.method, recipe, seed, str(model.device), seconds, time.perf_counter() - start,
                    trainer.images_seen / seconds, peak_memory_mb(model.device))
@@ -378,7 +367,7 @@ def _epochs(trainer: Trainer, data: dict[str, Resident], progress: bool) -> tupl
     return rows, seconds
 
 def _measure(trainer: Trainer, data: dict[str, Resident], epoch: int) -> dict:
-    "The accuracies that are due after `epoch`, each with its loss; `None` where none is due."
+    "The accuracies that are due after `epoch`, of the averages where there are some, each with its loss; `None` where none is due."
     model, recipe = trainer.model, trainer.recipe
     predict = model.head if features_suffice(model, recipe) else model
     def measure(name: str, every: int) -> dict[str, float | None]:
@@ -389,4 +378,5 @@ def _measure(trainer: Trainer, data: dict[str, Resident], epoch: int) -> dict:
             else (None, None)
         )
         return dict(zip((f"{name}_acc", f"{name}_loss"), found))
-    return {**measure("valid", recipe.valid_every), **measure("test", recipe.test_every)}
+    with nullcontext() if trainer.average is None else trainer.average.shown():
+        return {**measure("valid", recipe.valid_every), **measure("test", recipe.test_every)}

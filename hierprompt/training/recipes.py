@@ -22,7 +22,8 @@ from ..core import from_dict, lookup, real_number, to_dict, whole_number
 @dataclass(frozen=True)
 class Recipe:
     "All settings of one training run, VPT's by default (baselines spec 1.4); bad ones raise `TypeError`, `ValueError`, `KeyError`."
-    optimizer: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum 0.9, or AdamW with betas 0.9, 0.999 and eps 1e-8
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # SGD with `momentum`, or AdamW with betas 0.9, 0.999 and eps 1e-8
+    momentum: float = 0.9                       # of SGD; 0 in DAM-VP (baselines spec 1.15)
     lr: float = 1.0                             # base learning rate; near the middle of VPT's grid
     lr_batch: Optional[int] = 256               # the rate in use is lr * batch_size / lr_batch (VPT); None: lr (NOAH)
     weight_decay: float = 1e-4                  # of the parameters that the method declares as decayed; in VPT's grid
@@ -46,7 +47,11 @@ class Recipe:
     drop_path: float = 0.0                      # stochastic depth in training; 0: backbone in evaluation mode (VPT)
     label_smoothing: float = 0.0                # of the cross-entropy
     clip_value: Optional[float] = None          # gradient entries are clipped to [-clip_value, clip_value]
-    augment: Literal["none", "flip", "crop_flip", "random_resized_crop_flip"] = "none"  # of the training images
+    augment: Literal["none", "flip", "crop_flip", "random_resized_crop_flip", "flip_rand_augment"] = "none"  # of the training images
+    mixup: float = 0.0                          # alpha of mixup; 0: off; 0.8 in SSF and MP on FGVC (baselines spec 1.11)
+    cutmix: float = 0.0                         # alpha of cutmix; 0: off; with both, each batch has one of them (1.11: 1.0)
+    erasing: float = 0.0                        # probability that an image loses a window; 0: off (1.11: 0.25)
+    ema: Optional[float] = None                 # decay of a moving average of the weights, which is evaluated; None: off (1.11: 0.9998)
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, fp32 elsewhere
     compile: bool = False                       # torch.compile of the training step's forward pass
     eval_batch_size: int = 256                  # images per evaluation batch; changes no result
@@ -69,6 +74,19 @@ class Recipe:
             )
         if self.decay == "released_adamw" and (self.optimizer, self.head_lr, self.head_weight_decay) != ("adamw", None, None):
             raise ValueError("decay = 'released_adamw' belongs to optimizer='adamw' without head_lr and head_weight_decay")
+        if self.optimizer != "sgd" and self.momentum != Recipe.momentum:
+            raise ValueError(f"momentum = {self.momentum} belongs to optimizer='sgd': leave it out with optimizer={self.optimizer!r}")
+        if self.samples_per_class and self.mixes:
+            raise ValueError(f"samples_per_class = {self.samples_per_class} with mixup = {self.mixup}, cutmix = {self.cutmix}: mixed "
+                             "images have no class, use samples_per_class=None, or mixup=0 and cutmix=0")
+
+    @property
+    def mixes(self) -> bool: return self.mixup > 0 or self.cutmix > 0   # labels become probabilities
+
+    @property
+    def random_images(self) -> bool:
+        "Whether training sees other images in each epoch."
+        return self.augment != "none" or self.mixes or self.erasing > 0
 
     def scaled(self, lr: Optional[float]) -> Optional[float]:
         "The learning rate in use for the base rate `lr`."
@@ -82,7 +100,9 @@ def _checked(name: str, kind, value):
     if kind is bool and not isinstance(value, bool): raise TypeError(f"{where} = {value!r} is neither True nor False")
     if kind is bool: return value
     value = whole_number(value, where) if int in kinds else real_number(value, where)
-    if name in ("drop_path", "label_smoothing") and not 0 <= value < 1: raise ValueError(f"{where} = {value} must lie in [0, 1)")
+    if name in ("drop_path", "label_smoothing", "momentum", "ema") and not 0 <= value < 1:
+        raise ValueError(f"{where} = {value} must lie in [0, 1)")
+    if name == "erasing" and not 0 <= value <= 1: raise ValueError(f"{where} = {value} must lie in [0, 1]")
     if name in ("lr", "lr_batch", "head_lr", "clip_value", "epochs", "batch_size", "eval_batch_size", "samples_per_class"):
         if not value > 0: raise ValueError(f"{where} = {value} must be positive")
     elif not value >= 0: raise ValueError(f"{where} = {value} must not be negative")
@@ -128,6 +148,32 @@ _COOP = Recipe(
 )  # the models have no head: all decays
 _ADAPT = replace(_COOP, lr=2.5e-3, batch_size=4, epochs=100)                                             # Adapt spec 1.8
 
+_TIMM = Recipe(optimizer="adamw", decay="matrices", lr_batch=None, drop_last=True,         # baselines spec 1.11, 1.13: 64 = 2 x 32 = 4 x 16
+               warmup_lr=1e-7, min_lr=1e-8, warmup_prefix=False)
+_TIMM_FGVC = replace(_TIMM, weight_decay=0.05, augment="random_resized_crop_flip", mixup=0.8, cutmix=1.0, erasing=0.25,
+                     label_smoothing=0.1)                                                  # 1.11, read by running: the script's defaults
+_MOSA = Recipe(optimizer="adamw", decay="released_adamw", lr=5e-3, lr_batch=None, weight_decay=0.01, batch_size=128)   # 1.14, 3.2
+
+# Of eleven baselines; where a setting differs by task, the most frequent value (all: results/published/baseline_settings.csv)
+_BASELINES = {
+    "adaptformer": Recipe(lr=0.1, weight_decay=0.0, batch_size=1024, drop_last=True, warmup_epochs=20, schedule_on="update",
+                          augment="random_resized_crop_flip"),                             # 1.7; lr_batch 256, momentum 0.9
+    "ssf": replace(_TIMM, lr=5e-3, weight_decay=5e-5),                                     # 1.11; lr, decay, drop_path by task
+    "ssf_fgvc": replace(_TIMM_FGVC, lr=1e-2, ema=0.9998),                                  # 1.11; lr, drop_path, ema by task
+    "mp": replace(_TIMM_FGVC, lr=1e-4),                                                    # 1.13; CUB and NABirds; lr, mixing, ema by task
+    "sct": replace(_NOAH, lr=0.01, weight_decay=0.01, label_smoothing=0.1, augment="flip_rand_augment", schedule_lag=1),
+                                                                                           # 1.10; all but the schedule by task
+    "mosa": replace(_MOSA, augment="crop_flip"),                                           # 1.14; lr by task
+    "mosa_vtab": _MOSA,                                                                    # 1.14; one setting
+    "dam_vp": Recipe(lr=1.0, lr_batch=None, weight_decay=1e-4, head_weight_decay=0.0, momentum=0.0, epochs=50, batch_size=128,
+                     warmup_epochs=10, schedule_on="update"),                            # 1.15; 20 % warm-up, the head at the prompts' rate
+    "e2vpt": Recipe(),                                                                     # 1.16: VPT's, with its grid; 128 images on FGVC
+    "sa2vp": Recipe(optimizer="adamw", decay="matrices", lr=1e-3, lr_batch=None, weight_decay=1e-4, drop_last=True, min_lr=1e-7,
+                    schedule_on="update"),                                                 # 1.17; batch 40 or 64
+    "gate_vpt": Recipe(lr=0.1, lr_batch=None, weight_decay=0.0),                           # 1.18; not scaled by the batch
+    "noah_supernet": replace(_NOAH, lr=5e-4, epochs=500, schedule_lag=1),                  # 1.9, stage 1
+}
+
 RECIPES = {
     "vpt": Recipe(),                                                           # baselines spec 1.4, 1.5
     "vpt_linear": Recipe(batch_size=1024),                                     # 1.2
@@ -135,6 +181,7 @@ RECIPES = {
     "vpt_full_released": replace(_FULL, batch_size=384, decay="released_adamw"),  # 1.1, 3.2
     "noah": _NOAH,
     "noah_released": replace(_NOAH, schedule_lag=1),                           # SHIP spec 4
+    **_BASELINES,
     "da_vpt": _DA_VPT,
     "da_vpt_paper": replace(_DA_VPT, min_lr=1e-8, samples_per_class=None, head_weight_decay=None),  # DA-VPT spec 1.14: D19, D20, D22
     "coop": _COOP,                                                             # Adapt spec 2.0; 16 shots
@@ -190,8 +237,8 @@ def learning_rates(recipe: Recipe, updates_per_epoch: int = 1) -> list[float]:
     return rates
 
 # %% ../../nbs/training/10_recipes.ipynb #bf684947
-OPTIMIZERS = {"sgd": lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9),  # baselines spec 1.4
-              "adamw": lambda groups, lr: torch.optim.AdamW(groups, lr=lr)}            # betas, eps: SHIP spec 4
+OPTIMIZERS = {"sgd": lambda groups, lr, recipe: torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum),  # baselines spec 1.4
+              "adamw": lambda groups, lr, recipe: torch.optim.AdamW(groups, lr=lr)}                        # betas, eps: SHIP spec 4
 
 def build_optimizer(model,           # has `param_groups(lr, weight_decay, head_lr, head_weight_decay, vectors)`
                     recipe: Recipe,
@@ -201,7 +248,7 @@ def build_optimizer(model,           # has `param_groups(lr, weight_decay, head_
     if recipe.decay == "released_adamw": groups = _released_groups(model, recipe.weight_decay)
     else: groups = model.param_groups(lr=lr, weight_decay=recipe.weight_decay, head_lr=recipe.scaled(recipe.head_lr),
                                       head_weight_decay=recipe.head_weight_decay, vectors=recipe.decay == "all_but_head_bias")
-    return lookup(OPTIMIZERS, recipe.optimizer, "optimizer")(groups or [{"params": []}], lr)   # zero-shot CLIP trains nothing
+    return lookup(OPTIMIZERS, recipe.optimizer, "optimizer")(groups or [{"params": []}], lr, recipe)   # zero-shot CLIP trains nothing
 
 def _released_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     "VPT's released AdamW groups: 0.01 on every trainable name without `bias`, norm weights included."

@@ -8,6 +8,7 @@ __all__ = ['LAMMConfig', 'shortest_name', 'LAMM']
 # %% ../../../nbs/methods/clip/60_lamm.ipynb #f440c624
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ class LAMMConfig:
     shots: int = 16                  # the vectors' squared distance to their start is weighted 1 / shots
     feature_weight: float = 1.0      # of the distance to the original names' class vectors
     kd_weight: float = 0.05          # of the distillation
+    kd_target: Literal["original", "learnt"] = "original"   # whose softened logits are its target (Adapt spec 2.9)
     temperature: float = 2.0         # T of the distillation
 
     def __post_init__(self):
@@ -41,13 +43,11 @@ def shortest_name(clip: CLIP, names: Sequence[str]) -> int:
     if empty: raise ValueError(f"the class name {empty[0]!r} has no tokens")
     return min(lengths.values())
 
-
-
 # %% ../../../nbs/methods/clip/60_lamm.ipynb #5c3708f9
 class LAMM(CLIPTuner):
     "Label alignment (Adapt spec 2.9): the first m tokens of each class name train."
     Config = LAMMConfig
-    presets = {"paper": {}, "released": dict(shots=1)}   # the released script forgets to pass the shots
+    presets = {"paper": {}, "released": dict(shots=1, kd_target="learnt")}   # the released script forgets to pass the shots
 
     def __init__(
         self,
@@ -80,10 +80,11 @@ class LAMM(CLIPTuner):
         vectors = self.teacher(model)
         kept = F.cosine_similarity(ctx.reads["text"], vectors, dim=-1)[ctx.labels]             # (B,)
         others = (ctx.labels[:, None] != ctx.labels).any(1)                                    # (B,): another label occurs in the batch
-        teacher = model.clip.similarity(ctx.reads["image"], vectors)
+        scored, target = ctx.reads["logits"], model.clip.similarity(ctx.reads["image"], vectors)
+        if self.config.kd_target == "learnt": scored, target = target, scored
         return {"parameters": (self.text.ctx - self.original).square().sum(),
                 "features": ((1 - kept) * others).sum() / others.sum().clamp(min=1),
-                "logits": distillation(ctx.reads["logits"], teacher, self.config.temperature)}
+                "logits": distillation(scored, target, self.config.temperature)}
 
     def aux_loss(self, model, ctx: Context) -> Tensor:
         losses, config = self.hierarchical(model, ctx), self.config

@@ -25,7 +25,7 @@ class PLOTConfig:
     eps: float = 0.1              # of the transport: how much a plan is spread
     max_iterations: int = 100     # of Sinkhorn's algorithm
     tolerance: float = 0.01       # mean change of the scaling at which it stops
-    pooled: bool = False          # adds the pooled image's logits: the released code on ImageNet
+    pooled: bool = False          # adds the logits of the pooled image and the contexts' mean: the released code on ImageNet
 
     def __post_init__(self):
         for name in ("num_sets", "num_tokens", "max_iterations"):
@@ -62,6 +62,12 @@ class ContextSets(TextTuner):
     def __init__(self, host, config: PLOTConfig, rng: torch.Generator | None = None):
         super().__init__(host, config)
         self.prompts = nn.Parameter(0.02 * torch.randn(config.num_sets, config.num_tokens, host.dim, generator=rng))
+
+    def pool(self, host, z: Tensor, prompts: list) -> Tensor:
+        "(N K, d), context by context; with `pooled` the contexts' mean before them, which is projected and gets length 1 like the rest."
+        features = super().pool(host, z, prompts)
+        if not self.config.pooled: return features
+        return torch.cat([features.unflatten(0, (len(self.prompts), -1)).mean(0), features])
 
     def words(self, host, prompts: ClassPrompts, ctx: Context) -> tuple[Tensor, Tensor]:
         "Each context with what all sentences share, and the names once for every context."
@@ -102,8 +108,8 @@ class PLOT(CLIPTuner):
     def logits(self, model, image: Tensor, text: Tensor, ctx: Context) -> Tensor:
         "(B, K): the similarity of patches and contexts under the plan, which has no gradient itself."
         text = text if text.ndim == 3 else text[None]    # one context
-        patches = image[:, 1:] if self.config.pooled else image
-        similar = torch.einsum("bme,nke->bkmn", patches, text)
+        contexts, patches = (text[1:], image[:, 1:]) if self.config.pooled else (text, image)
+        similar = torch.einsum("bme,nke->bkmn", patches, contexts)
         plan = sinkhorn(1 - similar, self.config.eps, self.config.max_iterations, self.config.tolerance)
         logits = model.clip.logit_scale * (plan * similar).sum((-2, -1))
-        return logits + model.clip.similarity(image[:, 0], unit(text.mean(0))) if self.config.pooled else logits
+        return logits + model.clip.similarity(image[:, 0], text[0]) if self.config.pooled else logits

@@ -103,33 +103,37 @@ def _reseed(labels: Tensor, fit: Tensor, occupied: Tensor) -> Tensor:
         labels[fit.masked_fill(~spare, torch.inf).argmin()] = cluster
     return labels
 
-def _update(points: Tensor, labels: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    "Means of the clusters' members, the old centroid where there is none; and the clusters' shares of the points."
+def _update(points: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
+    "Means of the clusters' members, the old centroid where there is none."
     counts = labels.bincount(minlength=len(centroids))
     sums = torch.zeros_like(centroids).index_add_(0, labels, points)
-    return torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centroids), counts / len(points)
+    return torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centroids)
+
+def _assigned(cosine: Tensor, balance: float) -> Tensor:
+    "The cluster of every point: the nearest, or with `balance` the nearest once the nearest ones' shares of the points are taken off."
+    if not balance: return cosine.argmax(1)
+    share = cosine.argmax(1).bincount(minlength=cosine.shape[1]) / len(cosine)
+    return (cosine - balance * share).argmax(1)
 
 def cosine_kmeans(points: Tensor,         # (N, D)
                   centroids: Tensor,      # (k, D) to start from
                   empty: Literal["reseed", "keep"] = "reseed",
                   max_iter: int = 20,     # DA-VPT spec 1.8
                   tolerance: float = 1e-4,           # of the sum of the centroids' moves
-                  balance: float = 0.0,              # what a cluster's share of the points takes off its cosines
-                  share: Tensor | None = None,       # (k,) shares to start from, with `balance`
+                  balance: float = 0.0,              # what a cluster's share of the points, plainly assigned, takes off its cosines
                   occupied: Tensor | None = None,    # (k,) bool, clusters that `empty` does not concern
                  ) -> Clusters:
     "Lloyd's iteration with cosines."
-    share = centroids.new_zeros(len(centroids)) if share is None else share
     occupied = torch.zeros(len(centroids), dtype=torch.bool, device=points.device) if occupied is None else occupied
     fits, unit, moved = [], F.normalize(points, dim=-1), centroids
     for _ in range(max_iter):
         centroids = moved
         cosine = unit @ F.normalize(centroids, dim=-1).T
-        labels = (cosine - balance * share).argmax(1)
+        labels = _assigned(cosine, balance)
         fit = cosine.gather(1, labels[:, None])[:, 0]
         if empty == "reseed": labels = _reseed(labels, fit, occupied)
         fits.append(fit.mean())
-        moved, share = _update(points, labels, centroids)
+        moved = _update(points, labels, centroids)
         if (moved - centroids).norm(dim=1).sum() < tolerance: break
     return Clusters(labels, centroids, torch.stack(fits))
 
@@ -185,6 +189,7 @@ class ClassMap(nn.Module):
         self.register_buffer("prompt_of", torch.arange(num_classes) % prompts)
         self.register_buffer("centroids", torch.zeros(prompts, dim, dtype=torch.float64))
         self.register_buffer("warm", torch.tensor(False))
+        self.prepared = False   # whether somebody has made the map
 
     @property
     def num_prompts(self) -> int:
@@ -202,9 +207,8 @@ class ClassMap(nn.Module):
         check_labels(labels, len(self.prompt_of))
         return self.prompt_of.index_select(0, labels)
 
-    def assign(self, prompt_of: Tensor  # (C,) int64 with values in [0, M)
-              ) -> int:                 # how many classes have changed their prompt
-        "Replaces the map; one that does not fit raises `ValueError`."
+    def check(self, prompt_of: Tensor) -> None:
+        "A map that does not fit raises `ValueError`."
         if prompt_of.dtype != torch.int64 or prompt_of.shape != self.prompt_of.shape:
             raise ValueError(
                 f"a map of type {prompt_of.dtype} and shape {tuple(prompt_of.shape)}: it has to be int64 with one entry for each of "
@@ -213,9 +217,25 @@ class ClassMap(nn.Module):
         bad = prompt_of[(prompt_of < 0) | (prompt_of >= self.num_prompts)].tolist()
         if bad:
             raise ValueError(f"prompt {bad[0]} in a map to {self.num_prompts} guided prompts: they run from 0 to {self.num_prompts - 1}")
+
+    def assign(self, prompt_of: Tensor  # (C,) int64 with values in [0, M)
+              ) -> int:                 # how many classes have changed their prompt
+        "Replaces the map, which is then prepared; one that does not fit raises `ValueError`."
+        self.check(prompt_of)
+        self.prepared = True
         changed = (prompt_of.to(self.prompt_of.device) != self.prompt_of).sum().item()
         self.prompt_of.copy_(prompt_of)
         return changed
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Counts as prepared, unless the state was saved before `prepare`: with a map as it starts and no centroids, `warm` false. A map
+        that does not fit raises `ValueError`."""
+        self.prepared = self.prepared or self.fixed
+        if "prompt_of" not in tensors: return
+        prompt_of = tensors["prompt_of"]
+        self.check(prompt_of)
+        start = torch.arange(len(prompt_of), device=prompt_of.device) % self.num_prompts
+        self.prepared = self.fixed or bool(tensors.get("warm", True)) or not torch.equal(prompt_of, start)
 
     @torch.no_grad()
     def update(self, means: Tensor,          # (C, D) class means, not normalised
@@ -239,10 +259,10 @@ class ClassMap(nn.Module):
         return self.assign(new.masked_scatter(seen, found.labels))
 
     def _settings(self, old: Tensor, seen: Tensor) -> dict:
-        "How `cosine_kmeans` is called: the balanced one starts from the present shares, kept classes occupy their clusters."
+        "How `cosine_kmeans` is called: kept classes occupy their clusters."
         counts = lambda labels: labels.bincount(minlength=self.num_prompts)
         found = dict(empty=self.empty, occupied=counts(old[~seen]) > 0 if self.unseen == "keep" else None)
-        if self.mode == "kmeans_balanced": found |= dict(balance=0.1, max_iter=100, share=counts(old) / len(old) if self.warm else None)
+        if self.mode == "kmeans_balanced": found |= dict(balance=0.1, max_iter=100)
         return found
 
     def _drop(self) -> int:

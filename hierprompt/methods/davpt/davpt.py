@@ -243,9 +243,9 @@ class DAVPT(Guided):
             if len(p): p.copy_(start_tokens(reader, i, len(p), c.init, c.init_noise, generator))
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        "A saved model has its prompts and its map."
-        self.prepared = True
+        "A saved model has its prompts and its map; tensors of other shapes raise `ValueError`."
         super().restore(tensors)
+        self.prepared = True
 
 def _check_pool(host, config: DAVPTConfig):
     "Means of normalised tokens want a backbone that norms tokens, as MAE's does."

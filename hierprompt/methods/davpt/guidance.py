@@ -176,7 +176,7 @@ class Guidance(nn.Module):
                  rng: torch.Generator | None,            # its seed is k-means' too; nothing is drawn from it here
                  pool: str = "host"):                    # "host", or of patches: features of the first class means
         super().__init__()
-        c, self.config, self.pool, self.prepared = config, config, pool, False
+        c, self.config, self.pool = config, config, pool
         self.layers = c.blocks(host.depth)
         _check_host(host, c, self.layers, num_classes)
         self.map = ClassMap(
@@ -222,7 +222,7 @@ class Guidance(nn.Module):
 
     def own(self, labels: Tensor) -> Tensor:
         "Prompts of the labels (B,); `RuntimeError` before the map is made, `ValueError` for a label outside it."
-        if not self.prepared:
+        if not self.map.prepared:
             raise RuntimeError(
                 "the map from classes to prompts is not made: call model.prepare(images, labels) before training; `fit` does it"
             )
@@ -263,12 +263,12 @@ class Guidance(nn.Module):
 
     def prepare(self, model, images: Tensor, labels: Tensor, draw: Callable) -> None:
         "The first map, from the untuned backbone's class means over all training images, or 10 drawn from each class."
-        if self.prepared: return
+        if self.map.prepared: return
         if not len(images): raise ValueError("there are no training images to make the map of classes from")
         if not self.map.fixed:
             self.collect(model, images, labels, draw)
             self.renew()
-        self.prepared = True
+        self.map.prepared = True   # all classes in one cluster leave the map as it was
 
     @torch.no_grad()
     def collect(self, model, images: Tensor, labels: Tensor, draw: Callable) -> None:
@@ -288,8 +288,8 @@ class Guidance(nn.Module):
         self.means.reset()
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        "A saved model has its map, unless it was saved before `prepare`."
-        self.prepared = self.map.fixed or bool(tensors.get("guidance.map.warm", self.prepared))
+        "A saved model has its map, unless it was saved before `prepare`; one that does not fit raises `ValueError`."
+        self.map.restore({name.removeprefix("guidance.map."): t for name, t in tensors.items() if name.startswith("guidance.map.")})
 
     def after_epoch(self, epoch: int) -> None:
         "Renews the map when it is due."
@@ -362,7 +362,12 @@ class Guided(Tuner):
         if self.guidance is not None: self.guidance.prepare(model, images, labels, draw)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        "A saved model has its map."
+        "A saved model has its map; tensors of other shapes raise `ValueError`."
+        own = self.state_dict()
+        for name, tensor in tensors.items():
+            if name in own and tensor.shape != own[name].shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, has to be {tuple(own[name].shape)}: make the model with the "
+                                 "classes, the settings and the backbone that these tensors were made with")
         super().restore(tensors)
         if self.guidance is not None: self.guidance.restore(tensors)
 

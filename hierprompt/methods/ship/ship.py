@@ -216,11 +216,15 @@ class SHIP(Tuner):
         self.to(model.device)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        "Room for a saved model's prototypes; hierarchies that are not known yet raise `ValueError`."
+        "Room for a saved model's prototypes; hierarchies that are not known yet, and tensors of other shapes, raise `ValueError`."
         if self.config.starts is None:
             raise ValueError("where SHIP's hierarchies start is a setting that training images gave, no tensor: make this model with "
                              "starts=..., the saved one's model.config.starts")
-        if "prototypes" in tensors: self.prototypes = torch.empty_like(tensors["prototypes"], device=next(self.parameters()).device)
+        for name, own in self.state_dict().items():
+            if name in tensors and name != "prototypes": _check_shape(name, tensors[name], tuple(own.shape))
+        if "prototypes" not in tensors: return
+        _check_shape("prototypes", tensors["prototypes"], (self.config.num_prototypes, self.dim))
+        self.prototypes = torch.empty_like(tensors["prototypes"], device=next(self.parameters()).device)
 
     def matches(self, ctx: Context) -> bool:
         "Whether this pass computes the matching loss: when a loss is asked for, from its first epoch on."
@@ -263,6 +267,7 @@ class SHIP(Tuner):
     def attribute_prompt(self, j: int, ctx: Context) -> Tensor:
         "P_a (B, N_a, D) of the j-th hierarchy that has one, from the tokens selected in the block before (Eq. 4)."
         c = self.config
+        _check_shape("prototypes", self.prototypes, (c.num_prototypes, self.dim))   # somebody may have put them there
         weights = attribute_weights(ctx.reads.pop("selected"), self.prototypes, c.ap_norm, c.ap_temperature)
         if "weights" in ctx.reads: ctx.reads["weights"].append(weights)
         return (1 - c.lambda_a) * self.ap_prompts[j] + c.lambda_a * (weights @ self.prototypes)
@@ -339,6 +344,12 @@ def attribute_statistics(weights: Tensor,     # (B, N_a, K), f of Eq. 4
     n, entropy = len(unit), weights.clamp_min(1e-12).log().mul(-weights).sum(-1)
     between = {"attribute_cosine": ((unit.sum(0).square().sum() - n) / (n * (n - 1))).item()} if n > 1 else {}
     return {"attribute_weight_max": weights.amax(-1).mean().item(), "attribute_prototypes_used": entropy.exp().mean().item(), **between}
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]):
+    "A tensor that comes from outside has the shape that settings and backbone give it."
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, has to be {shape}: make the model with the settings and the backbone "
+                         "that these tensors were made with")
 
 def _check_host(host, config: SHIPConfig):
     "The hierarchies fit the depth, and there is a class token where one is asked."

@@ -22,13 +22,14 @@ class AdapterConfig:
     branches: Literal["mlp", "attn_mlp"] = "mlp"   # behind the MLP (NOAH, Pfeiffer) or behind both branches (Houlsby)
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     dropout: float = 0.1      # after the activation, in training (NOAH)
-    init: Literal["xavier", "truncated_normal", "zero"] = "xavier"  # NOAH, Houlsby, VPT's code
+    init: Literal["timm", "xavier", "truncated_normal", "zero"] = "timm"  # NOAH's runs, NOAH's module, Houlsby, VPT's code
 
     def __post_init__(self):
         if self.bottleneck < 1: raise ValueError(f"bottleneck = {self.bottleneck}: an adapter needs a width of at least 1")
 
 PRESETS = {
     "noah": {},
+    "module": dict(init="xavier"),   # NOAH's, as the module itself starts
     "houlsby": dict(branches="attn_mlp", activation="gelu", dropout=0.0, init="truncated_normal"),
     "vpt": dict(bottleneck=12, activation="gelu", dropout=0.0, init="zero"),   # D / 64 on ViT-B
 }
@@ -46,6 +47,10 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.dropout(self.act(self.down(x))))
 
+def _timm(layer: nn.Linear, rng) -> None:
+    nn.init.trunc_normal_(layer.weight, std=0.02, generator=rng)
+    nn.init.zeros_(layer.bias)
+
 def _xavier(layer: nn.Linear, rng) -> None:
     nn.init.xavier_uniform_(layer.weight, generator=rng)
     nn.init.normal_(layer.bias, std=1e-6, generator=rng)
@@ -58,7 +63,7 @@ def _zero(layer: nn.Linear, rng) -> None:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
 
-_INIT = {"xavier": _xavier, "truncated_normal": _truncated_normal, "zero": _zero}
+_INIT = {"timm": _timm, "xavier": _xavier, "truncated_normal": _truncated_normal, "zero": _zero}
 
 # %% ../../../nbs/methods/vit/30_adapter.ipynb #df53b950
 class Adapter(Tuner):

@@ -8,6 +8,7 @@ __all__ = ['PRESETS', 'LoRAConfig', 'LoRA', 'merge_lora']
 # %% ../../../nbs/methods/vit/40_lora.ipynb #adfd6b1b
 import copy
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ class LoRAConfig:
     shared: bool = True       # one A for all targets (NOAH's fused form), or one each
     scale: float = 1.0        # factor on BA: alpha / r; NOAH has none
     dropout: float = 0.1      # on the input, in training (NOAH)
+    init: Literal["timm", "lora"] = "timm"   # A and B normal with 0.02 as NOAH's runs have it; or A Kaiming-uniform and B = 0
 
     def __post_init__(self):
         if self.rank < 1: raise ValueError(f"rank = {self.rank}: LoRA needs a rank of at least 1")
@@ -31,8 +33,9 @@ class LoRAConfig:
 
 PRESETS = {
     "noah": {},
-    "official": dict(targets="qv", shared=False),
-    "adapter_plus": dict(targets="qk", shared=False),
+    "module": dict(init="lora"),   # NOAH's, as the module itself starts
+    "official": dict(targets="qv", shared=False, init="lora"),
+    "adapter_plus": dict(targets="qk", shared=False, init="lora"),
 }
 
 # %% ../../../nbs/methods/vit/40_lora.ipynb #7b677b46
@@ -45,7 +48,10 @@ class LoRA(Tuner):
         num_a = 1 if config.shared else len(config.targets)
         self.a = nn.Parameter(torch.empty(host.depth, num_a, config.rank, host.dim))          # (L, 1 or targets, r, D)
         self.b = nn.Parameter(torch.zeros(host.depth, len(config.targets), host.dim, config.rank))  # (L, targets, D, r)
-        for matrix in self.a.flatten(0, 1): nn.init.kaiming_uniform_(matrix, a=5 ** 0.5, generator=rng)
+        if config.init == "timm":
+            for tensor in (self.a, self.b): nn.init.trunc_normal_(tensor, std=0.02, generator=rng)
+        else:
+            for matrix in self.a.flatten(0, 1): nn.init.kaiming_uniform_(matrix, a=5 ** 0.5, generator=rng)
         self.dropout = nn.Dropout(config.dropout)
 
     def linear(self, i: int, site: str, x: Tensor, y: Tensor, part: str) -> Tensor:

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import ceil, floor
+from math import ceil, prod
 from typing import Literal, NamedTuple, Optional
 
 import torch
@@ -33,25 +33,24 @@ class SPTConfig:
     budget: int = 600_000        # trainable parameters, class token included, classifier not; the middle one of `BUDGETS`
     rank: int = 8                # r of the modules
     alpha: float = 10.0          # a matrix gets a module when at least cost / alpha of its entries are sensitive
-    beta: float = 5.0            # a vector trains whole when more than 1 / beta of its entries are sensitive
+    beta: float = 5.0            # a vector trains whole when at least 1 / beta of its entries are sensitive
     batches: int = 16            # at most so many batches of training images are looked at
     batch_size: int = 32
+    sensitivity_drop_path: float = 0.1   # stochastic depth of the network while they are looked at
     shuffle: bool = True         # random images; False: the first ones (released), which do not do where data are sorted by class
     tau_step: int = 20_000       # the sweep over numbers of sensitive parameters: its step
     tau_max: Optional[int] = 1_580_000   # and its end; None: 4 times the budget
     match: Literal["nearest", "below"] = "nearest"   # the total may be nearest to the budget, or must not exceed it
     class_token: bool = True     # trains too, if the backbone has one
-    dropout: float = 0.1         # on a module's input, in training
+    dropout: float = 0.1         # on a module's input, in training; none at the output projection of attention
     module_drop_path: float = 0.1   # a module's result is left out for this share of the images, in training
 
     def __post_init__(self):
         for name in ("budget", "rank", "alpha", "beta", "batches", "batch_size", "tau_step"):
             if not getattr(self, name) >= 1: raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.tau_max is not None and self.tau_max < self.tau_step:
-            raise ValueError(
-                f"tau_max = {self.tau_max} is less than tau_step = {self.tau_step}: the sweep over sensitive parameters would be empty"
-            )
-        for name in ("dropout", "module_drop_path"):
+            raise ValueError(f"tau_max = {self.tau_max} is less than tau_step = {self.tau_step}: the sweep would be empty")
+        for name in ("dropout", "module_drop_path", "sensitivity_drop_path"):
             if not 0 <= getattr(self, name) < 1: raise ValueError(f"{name} = {getattr(self, name)} is not in [0, 1)")
 
 @dataclass
@@ -95,26 +94,32 @@ def candidates(host  # a view of a timm `VisionTransformer`
 
 # %% ../../../nbs/methods/vit/50_spt.ipynb #08a69138
 @contextmanager
-def unfrozen(model, tensors: list[Tensor]):
-    "Frozen tensors take part in gradients, in evaluation mode; afterwards flags and modes are as before, whatever happened."
+def unfrozen(model, tensors: list[Tensor], drop_path: float, seed: int):
+    "Frozen tensors take part in gradients, the network runs as in training; afterwards flags, modes and generators are as before, always."
     modules = list((model if isinstance(model, nn.Module) else model.engine).modules())
-    modes, flags = [m.training for m in modules], [t.requires_grad for t in tensors]
+    modes, flags, rate = [m.training for m in modules], [t.requires_grad for t in tensors], model.engine.drop_path
     modules[0].eval()
+    model.engine.train().drop_path = drop_path
     for t in tensors: t.requires_grad_(True)
     try:
-        with torch.enable_grad(): yield
+        with torch.random.fork_rng([t.device for t in tensors[:1] if t.is_cuda]), torch.enable_grad():
+            torch.manual_seed(generator_of(seed, "dropout").initial_seed())
+            yield
     finally:
+        model.engine.drop_path = rate
         for t, flag in zip(tensors, flags): t.requires_grad_(flag)
         for m, mode in zip(modules, modes): m.training = mode
 
-def sensitivity(model,                                      # has `loss(images, labels)`, a scalar
+def sensitivity(model,                                      # has an `engine`, and `loss(images, labels)`, a scalar
                 pieces: dict[str, Piece],                   # of its backbone
                 batches: Iterable[tuple[Tensor, Tensor]],   # images and labels, as `loss` takes them
+                drop_path: float = 0.1,                     # stochastic depth, as in training
+                seed: int = 0,                              # of what it leaves out
                ) -> dict[str, Tensor]:                      # shaped like the pieces
     "Squared gradients of the loss of every batch, summed; numbers that are not finite raise `FloatingPointError`."
     tensors = list({id(p.tensor): p.tensor for p in pieces.values()}.values())
     sums = [torch.zeros_like(t, requires_grad=False) for t in tensors]
-    with unfrozen(model, tensors):
+    with unfrozen(model, tensors, drop_path, seed):
         for images, labels in batches:
             grads = torch.autograd.grad(model.loss(images, labels), tensors, materialize_grads=True)
             torch._foreach_addcmul_(sums, grads, grads)
@@ -158,7 +163,7 @@ def choose_tau(total: Callable[[int], int],  # parameters that train, by tau; do
 
 def promotion(shape: tuple[int, ...], config: SPTConfig, cost: Callable) -> tuple[int, int]:
     "From how many sensitive entries on a candidate trains as a whole, and how many parameters that takes."
-    if len(shape) == 1: return floor(shape[0] / config.beta) + 1, shape[0]
+    if len(shape) == 1: return ceil(shape[0] / config.beta), shape[0]
     return ceil(cost(shape, config.rank) / config.alpha), cost(shape, config.rank)
 
 def allocate(scores: dict[str, Tensor],
@@ -175,11 +180,8 @@ def allocate(scores: dict[str, Tensor],
     total = lambda tau: fixed + sum(price if s >= enough else s for s, (enough, price) in zip(counts(tau), rules))
     tau = choose_tau(total, config, len(owner))
     promoted = [name for name, s, (enough, _) in zip(scores, counts(tau), rules) if s >= enough]
-    sparse = {
-        name: position[:tau][owner[:tau] == j].sort().values
-        for j, (name, s) in enumerate(zip(scores, counts(tau)))
-        if s and name not in promoted
-    }
+    sparse = {name: position[:tau][owner[:tau] == j].sort().values for j, (name, s) in enumerate(zip(scores, counts(tau)))
+              if s and name not in promoted}
     return Allocation(tau, total(tau), [n for n in promoted if scores[n].ndim > 1], [n for n in promoted if scores[n].ndim == 1], sparse)
 
 # %% ../../../nbs/methods/vit/50_spt.ipynb #ed459186
@@ -189,7 +191,8 @@ class Side(nn.Module):
                  part: str,                     # and what that is
                  config: SPTConfig, rng: torch.Generator | None = None):
         super().__init__()
-        self.part, self.dropout, self.drop_path = part, nn.Dropout(config.dropout), DropPath(config.module_drop_path)
+        self.part, self.drop_path = part, DropPath(config.module_drop_path)
+        self.dropout = nn.Dropout(0.0 if part == "proj" else config.dropout)
         self.down = nn.Parameter(torch.empty(config.rank, self.width(shape)))
         self.up = nn.Parameter(torch.zeros(shape[0], config.rank))
         nn.init.kaiming_uniform_(self.down, a=5 ** 0.5, generator=rng)
@@ -211,7 +214,9 @@ class Behind(Side):
     "`y + U GELU(D y + b) + b'`; at the output projection of attention the input takes the place of `y` on the right."
     def __init__(self, shape: tuple[int, int], part: str, config: SPTConfig, rng: torch.Generator | None = None):
         super().__init__(shape, part, config, rng)
-        self.down_bias, self.up_bias = nn.Parameter(torch.zeros(config.rank)), nn.Parameter(torch.zeros(shape[0]))
+        self.down_bias, self.up_bias = nn.Parameter(torch.empty(config.rank)), nn.Parameter(torch.zeros(shape[0]))
+        bound = self.width(shape) ** -0.5
+        nn.init.uniform_(self.down_bias, -bound, bound, generator=rng)
 
     @staticmethod
     def cost(shape: tuple[int, int], rank: int) -> int: return 2 * shape[0] * rank + rank + shape[0]
@@ -259,9 +264,8 @@ def first_batches(images: Tensor,    # (N, 3, H, W)
                   device: torch.device) -> Iterable[tuple[Tensor, Tensor]]:
     "The batches that sensitivity is measured on; none, or too few labels, raise `ValueError`."
     if not 0 < len(images) == len(labels):
-        raise ValueError(
-            f"sensitivity is measured on training images with a label each, not on {len(images)} images and {len(labels)} labels"
-        )
+        raise ValueError(f"sensitivity is measured on training images with a label each, not on {len(images)} images and "
+                         f"{len(labels)} labels")
     rows = torch.randperm(len(images), generator=generator_of(seed, "subset")) if config.shuffle else torch.arange(len(images))
     for some in rows[:config.batches * config.batch_size].split(config.batch_size): yield images[some].to(device), labels[some].to(device)
 
@@ -292,7 +296,7 @@ class SPT(Tuner):
         batches = first_batches(images, labels, self.config, self.seed, model.device)
         try:
             self.prepared = True     # without modules and deltas the model is the backbone with its classifier
-            scores = sensitivity(model, candidates(model.host), batches)
+            scores = sensitivity(model, candidates(model.host), batches, self.config.sensitivity_drop_path, self.seed)
             found = allocate(scores, self.config, self.mask_cost, model.host.weights["cls_token"].numel() if self.class_token else 0)
             self.tau.fill_(found.tau)
             whole = {name: (self.shapes[name][0], None) for name in found.whole}
@@ -312,17 +316,27 @@ class SPT(Tuner):
         self.train(self.training)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        "Makes the modules and deltas that a saved model has; a model that has its own keeps them."
+        """Makes the modules and deltas that a saved model has; a model that has its own keeps them. What does not fit the backbone or the
+        settings raises `ValueError`."""
         if self.prepared or "tau" not in tensors: return
-        names = {kind: [*dict.fromkeys(n.split(".")[1] for n in tensors if n.startswith(f"{kind}."))] for kind in ("sides", "deltas")}
-        unknown = [name for kind in names.values() for name in kind if name not in self.shapes]
+        sides, deltas = ([*dict.fromkeys(n.split(".")[1] for n in tensors if n.startswith(kind))] for kind in ("sides.", "deltas."))
+        unknown = [name for name in sides + deltas if name not in self.shapes]
         if unknown:
-            raise ValueError(
-                f"the saved tensors change {unknown[0]}, which this backbone does not have: load the backbone it was trained on"
-            )
+            raise ValueError(f"the saved tensors change {unknown[0]}, which this backbone does not have: load the one it was trained on")
+        index = {name: tensors.get(f"deltas.{name}.index") for name in deltas}
+        self.grow(sides, {name: (prod(self.shapes[name]) if i is None else i.numel(), i) for name, i in index.items()})
+        if faults := self.faults(tensors):
+            self.sides.clear(), self.deltas.clear()
+            raise ValueError(f"{faults[0]}: make the model with the settings and the backbone that these tensors were made with")
         self.tau.copy_(tensors["tau"])
-        self.grow(names["sides"], {n: (len(tensors[f"deltas.{n}.values"]), tensors.get(f"deltas.{n}.index")) for n in names["deltas"]})
         self.prepared = True
+
+    def faults(self, tensors: dict[str, Tensor]) -> list[str]:
+        "Saved tensors that have other shapes than the model's own, and positions outside of their candidates."
+        faults = [f"{name} is {tuple(tensors[name].shape) if name in tensors else 'missing'}, has to be {tuple(own.shape)}"
+                  for name, own in self.state_dict().items() if name not in tensors or tensors[name].shape != own.shape]
+        return faults + [f"deltas.{name}.index has positions outside of {name}'s {prod(self.shapes[name])} entries" for name, d in
+                         self.deltas.items() if d.index is not None and ((d.index < 0) | (d.index >= prod(self.shapes[name]))).any()]
 
     def linear(self, i: int, site: str, x: Tensor, y: Tensor, part: str) -> Tensor:
         "Modules of the rows that are computed."
