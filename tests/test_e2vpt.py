@@ -12,7 +12,8 @@ from hierprompt.engine.saved import load_tuned
 from hierprompt.engine.tuned import method_config, tune
 from hierprompt.methods.vit.e2vpt import E2VPT, E2VPTConfig, frozen_mask, lowest, mask_counts, mask_settings
 
-HOSTS = [{}, dict(init_values=0.1, global_pool="avg"), dict(qkv_bias=False, depth=1, num_heads=4), dict(class_token=False, global_pool="avg")]
+HOSTS = [{}, dict(init_values=0.1, global_pool="avg"), dict(qkv_bias=False, depth=1, num_heads=4),
+         dict(class_token=False, global_pool="avg")]
 SMALL = dict(num_tokens=4, num_kv=3, num_segments=8, dropout=0.0)
 MASKED = dict(masked_tokens=[2], masked_segments=[[0], [1, 5], [2, 3], [4, 7]])
 
@@ -27,7 +28,8 @@ def shaken(vit, **settings):
 def masked(prompts, tokens, segments):
     "Prompts (p, D) times both masks, number by number: channel j belongs to part j modulo the number of parts."
     parts = segments.shape[1]
-    return torch.stack([torch.stack([row[j] * tokens[k] * segments[k, j % parts] for j in range(len(row))]) for k, row in enumerate(prompts)])
+    masked = lambda k, row: torch.stack([row[j] * tokens[k] * segments[k, j % parts] for j in range(len(row))])
+    return torch.stack([masked(k, row) for k, row in enumerate(prompts)])
 
 
 def by_hand(vit, tuner, images, tokens, segments):

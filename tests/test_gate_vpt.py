@@ -13,7 +13,8 @@ from hierprompt.engine.hosts import as_host
 from hierprompt.engine.tuned import method_config, tune
 from hierprompt.methods.vit.gate_vpt import GateVPT, clamped
 
-HOSTS = [{}, dict(init_values=0.1, global_pool="avg"), dict(qkv_bias=False, num_heads=4, depth=2), dict(class_token=False, global_pool="avg")]
+HOSTS = [{}, dict(init_values=0.1, global_pool="avg"), dict(qkv_bias=False, num_heads=4, depth=2),
+         dict(class_token=False, global_pool="avg")]
 
 
 def shaken(vit, **settings):

@@ -58,7 +58,8 @@ def test_scores_are_mean_gradients_over_batches(vit, preset):
     state = {name: t.clone() for name, t in model.state_dict().items()}
     found = mask_scores(model.train(), TRAIN, 16, seed=1)
     for a, b in zip(found, wanted): torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
-    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items()) and (found[0] >= 0).all() == (preset == "pruning_paper")
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    assert (found[0] >= 0).all() == (preset == "pruning_paper")
 
 
 def test_both_stages(vit, runs, tmp_path):
@@ -123,7 +124,8 @@ def test_the_steps_of_a_cell(vit, tmp_path):
     chosen, tried = select(make_model, TRAIN, VALID, candidates, cache=tmp_path/"trials", progress=False, device="cpu")
     found = rewind(make_model, TRAIN, VALID, chosen, cache=tmp_path/"trials", progress=False, device="cpu")
     trainval = Split(torch.cat([TRAIN.images, VALID.images]), torch.cat([TRAIN.labels, VALID.labels]))
-    histories = run_seeds(partial(make_model, **found.settings), trainval, TEST, chosen.recipe, settings["seeds"], progress=False, device="cpu")
+    pruned = partial(make_model, **found.settings)
+    histories = run_seeds(pruned, trainval, TEST, chosen.recipe, settings["seeds"], progress=False, device="cpu")
     kept = keep_model(latest[0], tmp_path/"results/tiny/runs/e2vpt_pruned-tints", settings)
     assert set(kept) == {"tuned.safetensors", "config.json"} and len(histories) == len(tried) == 2
     again = load_tuned(tmp_path/"results/tiny/models/e2vpt_pruned-tints", vit)

@@ -12,7 +12,8 @@ from hierprompt.engine.hosts import as_host
 from hierprompt.engine.tuned import method_config, tune
 from hierprompt.methods.vit.sct import SCT, SCTConfig, class_norms, largest, merge_sct
 
-HOSTS = [{}, dict(init_values=0.1, global_pool="avg"), dict(qkv_bias=False, depth=1, num_heads=4), dict(class_token=False, global_pool="avg")]
+HOSTS = [{}, dict(init_values=0.1, global_pool="avg"), dict(qkv_bias=False, depth=1, num_heads=4),
+         dict(class_token=False, global_pool="avg")]
 PLACES = ["attn", "mlp", "qkv"]
 
 

@@ -48,6 +48,7 @@ RECIPE_FIELDS = {"lr": "lr", "weight_decay": "weight_decay", "label_smoothing": 
 CONFIG_FIELDS = {   # method -> setting -> field of its configuration
     "ssf": {}, "mp": {}, "sct": {}, "e2vpt": {"prompts": "num_tokens", "kv_prompts": "num_kv"},
     "gate_vpt": {"prompts": "num_tokens", "gate_init": "gate_init"},
+    "noah": {"prompts": "prompts", "lora": "lora", "adapter": "adapters"},
     "mosa": {"rank": "bottleneck", "experts": "experts", "shared": "shared"},
 }
 DEEP_WEIGHTS = {True: 0.01, False: 0.0}   # of MoSA's `hidden_mse` (baselines spec 1.14)
@@ -71,7 +72,7 @@ def task_changes(method: str,                    # a key of `CONFIG_FIELDS`
 
 PRETRAINED = {"": SUPERVISED, "_mae": "mae_in1k", "_moco": "mocov3_in1k"}   # how the name of settings ends
 BASELINE_SETTINGS = {   # name in a profile -> function
-    **{method: partial(task_changes, method) for method in ("ssf", "mp", "sct", "mosa")},
+    **{method: partial(task_changes, method) for method in ("ssf", "mp", "sct", "mosa", "noah")},
     **{f"e2vpt{end}": partial(task_changes, "e2vpt", pretraining) for end, pretraining in PRETRAINED.items()},
     "gate_vpt_mae": partial(task_changes, "gate_vpt", "mae_in1k"),
 }

@@ -28,7 +28,8 @@ def _check_masks(model) -> None:
     "`ValueError` for a model whose masks do not train."
     if model.method == "e2vpt" and model.config.masks == "trained": return
     found = f"with masks={model.config.masks!r}" if model.method == "e2vpt" else f"tuned with {model.method!r}"
-    raise ValueError(f"pruning wants a model tuned with 'e2vpt' and masks='trained', preset 'pruning' or 'pruning_paper'; this one is {found}")
+    raise ValueError(f"pruning wants a model tuned with 'e2vpt' and masks='trained', preset 'pruning' or 'pruning_paper'; "
+                         f"this one is {found}")
 
 def mask_scores(model,                 # tuned with "e2vpt", masks "trained"
                 train: Split,
