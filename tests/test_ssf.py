@@ -111,6 +111,9 @@ def test_hosts_and_settings():
         dim, depth, blocks, num_read, taps = 48, 0, [], 1, ()
     with pytest.raises(TypeError, match="a Other names in another way; take a timm VisionTransformer"):
         SSF(Other(), method_config("ssf", None))
+    normed = plain()
+    normed.patch_embed.norm = torch.nn.LayerNorm(48)
+    with pytest.raises(ValueError, match="patch_embed.norm is a LayerNorm"): tune(normed, "ssf", 3)
     with pytest.raises(ValueError, match="std = -0.1 is negative"): tune(other_vit(), "ssf", 3, std=-0.1)
     with pytest.raises(ValueError, match="std = nan"): tune(other_vit(), "ssf", 3, std=float("nan"))
     assert set(tune(other_vit(), "ssf", 3).tuner.blocks[0]) == set(SITES)
