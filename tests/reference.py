@@ -2,6 +2,8 @@
 import torch
 import torch.nn.functional as F
 
+from hierprompt.training.loop import Trainer, make_resident
+
 
 def block_forward(block, x):
     "A pre-norm block on the joined sequence (B, n, D), as timm computes it."
@@ -38,3 +40,23 @@ def vpt_deep_untrained_norm(host, images, prompts):
         x = block_forward(block, torch.cat([x[:, :1], prompts[i:i + 1].expand(len(z), -1, -1), x[:, -(z.shape[1] - 1):]], 1))
     assert x.shape[1] == z.shape[1] + p
     return F.layer_norm(x[:, 1:].mean(1), (host.dim,), eps=1e-6)
+
+
+def shake(module, by=0.3):
+    "The module with noise in all its parameters, different in each: what one of them does is not what its neighbour does."
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in module.parameters(): p += by * torch.randn(p.shape, generator=generator)
+    return module
+
+
+def resumed(models, split, recipe, path):
+    "States of two equal models' tuners: one trained two epochs, one that goes on from the first one's checkpoint after an epoch."
+    through, later = (Trainer(model, make_resident(model, split, recipe, True), recipe, 0) for model in models)
+    through.epoch(0)
+    through.save_checkpoint(path)
+    through.epoch(1)
+    torch.manual_seed(3)         # where the generator stands is in the checkpoint
+    later.load_checkpoint(path)
+    later.epoch(1)
+    return through.model.tuner.state_dict(), later.model.tuner.state_dict()

@@ -4,6 +4,7 @@ import copy
 import pytest
 import timm
 import torch
+from reference import resumed, shake
 from safetensors.torch import load_file
 from test_methods import LABELS, other_vit, steps
 from test_ssf import FLOATS, plain
@@ -13,14 +14,12 @@ from hierprompt.engine.hosts import as_host
 from hierprompt.engine.saved import load_tuned
 from hierprompt.engine.tuned import method_config, tune
 from hierprompt.methods.vit.adaptformer import AdaptFormer
-from hierprompt.training.loop import Trainer, make_resident
 from hierprompt.training.recipes import recipe
 
 
 def shaken(vit, **settings):
     model = tune(vit, "adaptformer", 3, **{**dict(bottleneck=4, dropout=0.0), **settings})
-    with torch.no_grad():
-        for p in model.tuner.parameters(): p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    shake(model.tuner)
     return model
 
 
@@ -103,13 +102,7 @@ def test_running_statistics(vit, images, tmp_path):
 def test_a_checkpoint_keeps_the_statistics(vit, images, tmp_path):
     how = recipe("noah", epochs=2, warmup_epochs=0, batch_size=3)
     models = [tune(vit, "adaptformer", 3, bottleneck=4) for _ in range(2)]
-    runs = [Trainer(m, make_resident(m, Split(images, LABELS), how, True), how, 0) for m in models]
-    runs[0].epoch(0)
-    runs[0].save_checkpoint(tmp_path/"run.safetensors")
-    runs[0].epoch(1)
-    runs[1].load_checkpoint(tmp_path/"run.safetensors")   # dropout's generator too
-    runs[1].epoch(1)
-    whole, cut = (run.model.tuner.state_dict() for run in runs)
+    whole, cut = resumed(models, Split(images, LABELS), how, tmp_path/"run.safetensors")
     assert whole["batch_norm.num_batches_tracked"] == 4 and all(torch.equal(t, cut[n]) for n, t in whole.items())
 
 

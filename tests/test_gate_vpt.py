@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from reference import shake
 from test_methods import LABELS
 from test_ssf import FLOATS, plain
 
@@ -21,8 +22,7 @@ HOSTS = [{}, dict(init_values=0.1, global_pool="avg"), dict(qkv_bias=False, num_
 
 def shaken(vit, **settings):
     model = tune(vit, "gate_vpt", 3, num_tokens=4, dropout=0.0, gate_init=0.5, **settings)
-    with torch.no_grad():
-        for p in model.tuner.parameters(): p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    shake(model.tuner)
     return model
 
 

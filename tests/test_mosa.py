@@ -4,6 +4,7 @@ import copy
 import pytest
 import timm
 import torch
+from reference import resumed, shake
 from test_methods import LABELS, other_vit, steps
 from torch import nn
 
@@ -13,7 +14,6 @@ from hierprompt.engine.hosts import as_host
 from hierprompt.engine.saved import load_tuned
 from hierprompt.engine.tuned import method_config, tune
 from hierprompt.methods.vit.mosa import Experts, MoSA, merge_mosa, symmetric_kl
-from hierprompt.training.loop import Trainer, make_resident
 from hierprompt.training.recipes import recipe
 
 FLOATS = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -22,8 +22,7 @@ CLASSES = torch.arange(4) % 3
 
 def shaken(vit, **settings):
     model = tune(vit, "mosa", 3, **{**dict(bottleneck=4, dropout=0.0), **settings})
-    with torch.no_grad():
-        for j, p in enumerate(model.tuner.parameters()): p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(j))
+    shake(model.tuner)
     return model
 
 
@@ -166,14 +165,7 @@ def test_targets_get_no_gradient():
 def test_a_run_that_was_stopped_goes_on(vit, images, tmp_path):
     how = recipe("mosa_vtab", epochs=2, warmup_epochs=0, batch_size=3)
     models = [tune(vit, "mosa", 3, bottleneck=4) for _ in range(2)]
-    runs = [Trainer(m, make_resident(m, Split(images, LABELS), how, True), how, 0) for m in models]
-    runs[0].epoch(0)
-    runs[0].save_checkpoint(tmp_path/"run.safetensors")
-    runs[0].epoch(1)
-    torch.manual_seed(3)                                    # where the generator stands is in the checkpoint
-    runs[1].load_checkpoint(tmp_path/"run.safetensors")
-    runs[1].epoch(1)
-    whole, cut = (run.model.tuner.state_dict() for run in runs)
+    whole, cut = resumed(models, Split(images, LABELS), how, tmp_path/"run.safetensors")
     assert all(torch.equal(t, cut[n]) for n, t in whole.items())
 
 

@@ -3,6 +3,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from reference import shake
 from test_methods import LABELS, other_vit, steps
 
 import hierprompt as hp
@@ -26,8 +27,7 @@ def host_of(kind):
 
 def shaken(vit, **settings):
     model = tune(vit, "mp", 3, **{**dict(width=32), **settings})
-    with torch.no_grad():
-        for j, p in enumerate(model.head.parameters()): p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(j))
+    shake(model.head)
     return model
 
 

@@ -4,6 +4,7 @@ import json
 import pytest
 import timm
 import torch
+from reference import shake
 from test_methods import other_vit
 from torch.nn import functional as F
 
@@ -25,8 +26,7 @@ def vit(): return hp.load_backbone("tiny_random")
 
 def shaken(vit, **settings):
     model = tune(vit, "noah", 3, **settings)
-    with torch.no_grad():
-        for p in model.tuner.parameters(): p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    shake(model.tuner, 0.1)
     return model
 
 

@@ -8,6 +8,8 @@ import pytest
 from hierprompt.engine.registry import list_methods
 from hierprompt.pipeline.checks import covered
 from hierprompt.pipeline.profiles import load_profile
+from hierprompt.pipeline.resolve import resolve
+from hierprompt.pipeline.settings import cell_settings
 from hierprompt.results.published import load_published
 from hierprompt.results.published_rows import BASELINES, OTHERS, placed_rows
 
@@ -35,6 +37,16 @@ def test_the_first_table_shows_every_method_that_runs_on_its_tasks(name):
     first = tables["baselines"]
     elsewhere = {(v, t) for key, shown in tables.items() if key != "baselines" for v, t in shown if v in known}
     assert not {(v, t) for v, t in elsewhere if t in {task for _, task in first}} - first
+
+
+@pytest.mark.parametrize("name", [name for name in PROFILES if name.startswith("paper")])
+def test_training_images_of_fgvc_are_augmented(name):
+    "By every published recipe, each in its own way (baselines spec 2.2)."
+    params = resolve(profile_of(name))
+    fine = covered()["fgvc"]
+    found = {c["variant"]: cell_settings(params, c["variant"], c["task"])["recipe"]["augment"] for c in params["cells"].values()
+             if c["task"] in fine}
+    assert not [variant for variant, augment in found.items() if augment == "none"]
 
 
 # every printed row

@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from reference import shake
 from test_methods import LABELS, other_vit, steps
 from test_ssf import FLOATS, plain
 
@@ -23,8 +24,7 @@ def ready(vit, images, place="attn", **settings):
     "With random maps and biases."
     model = tune(vit, "sct", 3, place=place, num_channels=7, **settings)
     model.prepare(images, LABELS)
-    with torch.no_grad():
-        for p in model.tuner.parameters(): p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    shake(model.tuner)
     return model
 
 

@@ -2,6 +2,7 @@
 import pytest
 import timm
 import torch
+from reference import shake
 from test_methods import other_vit
 from test_ssf import FLOATS, plain
 
@@ -12,8 +13,7 @@ from hierprompt.methods.vit.snf import SNF, Flow, SNFConfig
 
 def shaken(vit, **settings):
     model = tune(vit, "snf", 3, **settings)
-    with torch.no_grad():
-        for p in model.tuner.parameters(): p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    shake(model.tuner)
     return model
 
 

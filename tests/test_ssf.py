@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from reference import shake
 from test_methods import other_vit, steps
 
 from hierprompt.engine.hosts import as_host
@@ -27,8 +28,7 @@ def plain(**settings):
 
 def shaken(vit, **settings):
     model = tune(vit, "ssf", 3, **settings)
-    with torch.no_grad():
-        for p in model.tuner.parameters(): p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    shake(model.tuner)
     return model
 
 
